@@ -1,0 +1,65 @@
+"""An inner problem at one θ: what a solver sees."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from bilevel import vector
+from bilevel.operator import LinearOperator
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundProblem:
+    """An inner problem at one θ, in the one form that every solver works on.
+
+    - `residual`: x -> r, oriented *downhill*: -∂ₓ objective, -residual(x, θ),
+        mapping(x, θ) - x, or b - A x. A step x + α r with a small α > 0 moves towards the
+        solution, whichever kind the problem is of, and N = -∂r/∂x is the natural
+        operator of the kind: the Hessian, the Jacobian, I - T', or A.
+    - `objective`, `mapping`, `operator`, `rhs`, `proximal`: what the kind has besides;
+        `None` where it has none.
+    - `symmetric`, `positive_definite`: of which kind N is; `None` for unknown.
+    - `precondition`: v -> M⁻¹ v, set by solvers that were given a preconditioner.
+    """
+
+    name: str
+    residual: Callable[[Any], Any]
+    objective: Callable[[Any], Array] | None = None
+    mapping: Callable[[Any], Any] | None = None
+    operator: LinearOperator | None = None
+    rhs: PyTree | None = None
+    proximal: Any | None = None
+    symmetric: bool | None = None
+    positive_definite: bool | None = None
+    precondition: Callable[[Any], Any] | None = None
+
+    def linearize(self, x: PyTree) -> LinearOperator:
+        """N at x; exact and free for a linear system."""
+        if self.operator is not None:
+            return self.operator
+        _, derivative = jax.linearize(self.residual, x)
+        return LinearOperator(
+            matvec=lambda v: vector.negative(derivative(v)),
+            symmetric=self.symmetric,
+            positive_definite=self.positive_definite,
+        )
+
+    def reference(self, first_residual: Array) -> Array:
+        """The norm that relative tolerances refer to.
+
+        ‖b‖ for a linear system with b ≠ 0, so that a good start is not punished; the norm
+        of the first residual otherwise. Never an absolute constant: multiplying the
+        problem by a number changes nothing.
+        """
+        if self.rhs is None:
+            return first_residual
+        rhs_norm = vector.norm(self.rhs).astype(first_residual.dtype)
+        return jnp.where(rhs_norm > 0, rhs_norm, first_residual)
+
+    def inner_product(self, x: PyTree, y: PyTree) -> Array:
+        """⟨x, y⟩; its real part where N is linear over the reals only."""
+        return vector.complex_dot(x, y) if self.operator is not None else vector.dot(x, y)

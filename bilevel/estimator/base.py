@@ -1,0 +1,157 @@
+"""The estimator protocol: how the derivative of an inner solve is obtained."""
+
+import abc
+import dataclasses
+from typing import Self
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from bilevel import vector
+from bilevel.budget import Budget
+from bilevel.probe import Probe
+from bilevel.problem import InnerProblem
+from bilevel.solution import Solution, Status
+from bilevel.solver.base import InnerSolver
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One inner solve, as the user asked for it.
+
+    `adjoint_budget` is `None` for the estimator's own default; nothing of the primal's
+    `budget` stands in for it. `adjoint_guess` is where the adjoint solve starts.
+    """
+
+    problem: InnerProblem
+    theta: PyTree
+    x0: PyTree
+    solver: InnerSolver
+    budget: Budget
+    adjoint_budget: Budget | None = None
+    adjoint_guess: PyTree | None = None
+    history: int = 0
+
+
+class Estimator(eqx.Module):
+    """A way to get the hypergradient from a truncated solve; subclass it for your own.
+
+    An estimator defines one thing: `solve`, the inner solve as a differentiable function
+    of θ (and of whatever the problem captured).  `bl.solve` and `bl.hypergradient` are
+    both made of it, so their numbers agree by construction.
+    """
+
+    @abc.abstractmethod
+    def solve(self, setting: Setting, record: "Record") -> Solution:
+        """The inner solve, differentiable as this estimator says.
+
+        **Arguments:**
+
+        - `setting`: what to solve, and the budgets.
+        - `record`: zeros; its cotangent must come out as what the backward pass did.
+
+        **Returns:** the `Solution`, whose value alone carries a derivative.
+        """
+
+
+class Detail(eqx.Module):
+    """One adjoint solve in full, as real numbers and vectors like x."""
+
+    value: PyTree
+    residual: PyTree
+    status: Float[Array, ""]
+    residual_norm: Float[Array, ""]
+    iterations: Float[Array, ""]
+    tolerance: Float[Array, ""]
+    rate: Float[Array, ""]
+    applications: Float[Array, ""]
+
+    @classmethod
+    def zeros(cls, x: PyTree) -> Self:
+        """The detail to pass in, for an unknown like x."""
+        scalar = jnp.zeros((), vector.real_dtype(x))
+        return cls(vector.zeros_like(x), vector.zeros_like(x), *([scalar] * 6))
+
+    def solution(self) -> Solution:
+        """The adjoint solve as a `Solution`."""
+        return Solution(
+            value=self.value,
+            status=self.status.astype(jnp.int32),
+            residual_norm=self.residual_norm,
+            iterations=self.iterations.astype(jnp.int32),
+            tolerance=self.tolerance,
+            rate=self.rate,
+            applications=self.applications.astype(jnp.int32),
+        )
+
+
+class Record(eqx.Module):
+    """A zero argument of a solve whose cotangent is what the backward pass did.
+
+    - `counts`: sums over all solves that share it; `None` where nobody asked.
+    - `detail`: the adjoint solve of this one; `None` where nobody asked.
+    """
+
+    counts: Probe | None = None
+    detail: Detail | None = None
+
+    def filled(self, primal: Solution, adjoint: Solution, residual: PyTree) -> "Record":
+        """The cotangent that reports a primal and an adjoint solve.
+
+        `residual` is the residual vector that the adjoint solve left.
+        """
+        counts, detail = self.counts, self.detail
+        if counts is not None:
+            counts = _counted(counts, primal, adjoint)
+        if detail is not None:
+            dtype = detail.status.dtype
+            detail = Detail(
+                adjoint.value,
+                residual,
+                *(
+                    jnp.asarray(number).astype(dtype)
+                    for number in (
+                        adjoint.status,
+                        adjoint.residual_norm,
+                        adjoint.iterations,
+                        adjoint.tolerance,
+                        adjoint.rate,
+                        adjoint.applications,
+                    )
+                ),
+            )
+        return Record(counts, detail)
+
+
+def no_adjoint(value: PyTree, applications: Array) -> Solution:
+    """The adjoint `Solution` of an estimator that solves none."""
+    norm = jnp.zeros((), vector.real_dtype(value))
+    return Solution(
+        value=vector.zeros_like(value),
+        status=jnp.int32(Status.NOT_RUN),
+        residual_norm=norm,
+        iterations=jnp.int32(0),
+        tolerance=norm,
+        rate=jnp.full_like(norm, jnp.nan),
+        applications=applications,
+    )
+
+
+def _counted(like: Probe, primal: Solution, adjoint: Solution) -> Probe:
+    dtype = like.solves.dtype
+    failed = (primal.status >= Status.DIVERGED) | (adjoint.status >= Status.DIVERGED)
+    adjoint_ran = adjoint.status != Status.NOT_RUN
+    numbers = {
+        "solves": 1,
+        "primal_iterations": primal.iterations,
+        "adjoint_iterations": adjoint.iterations,
+        "primal_applications": primal.applications,
+        "adjoint_applications": adjoint.applications,
+        "primal_residual": primal.residual_norm,
+        "adjoint_residual": jnp.where(adjoint_ran, adjoint.residual_norm, 0.0),
+        "primal_capped": primal.status == Status.BUDGET,
+        "adjoint_capped": adjoint.status == Status.BUDGET,
+        "failures": failed,
+    }
+    return Probe(**{name: jnp.asarray(value).astype(dtype) for name, value in numbers.items()})

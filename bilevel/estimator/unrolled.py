@@ -1,0 +1,259 @@
+"""Unrolling: the derivative of the truncated computation itself."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from bilevel import vector
+from bilevel.closed import stopped
+from bilevel.estimator.base import Estimator, Record, Setting, no_adjoint
+from bilevel.solution import Solution
+from bilevel.solver.checkpointing import (
+    Layout,
+    allocate,
+    backward,
+    backward_stored,
+    layout,
+    linearize,
+    write,
+)
+from bilevel.solver.iteration import Iteration, begin, close_iteration
+from bilevel.solver.loop import Recorder, drive
+from bilevel.solver.parameter import whole
+
+STORED_BYTES = 256 * 2**20
+"""store="all" keeps linearisations where they fit in here or are no larger than two states."""
+
+
+class Unrolled(Estimator):
+    """The derivative of the iteration: exactly that of the K steps that were done.
+
+    Reverse mode goes through a loop with a traced number of steps by two-level
+    checkpointing: about 2√max_iterations states are kept, and the steps between them are
+    computed once more on the way back.
+
+    **Arguments:**
+
+    - `last`: differentiate only the last so many steps (truncated back-propagation,
+        Shaban et al. 2019), taking the state before them as constant; `None` for all.
+    - `max_iterations`: the most steps there is room for, static. An iteration that hits it
+        before its budget says `UNROLL_LIMIT`.
+    - `store`: "checkpoints", or "all" to keep every step and compute nothing twice.
+    - `checkpoints`: how many states the forward pass stores; √max_iterations by default.
+    - `mode`: "reverse", or "forward", which needs no memory at all and pays where θ has
+        few entries; forward mode cannot be used under `jax.grad`.
+
+    Its error estimate refers to the exact hypergradient, like that of every estimator.
+
+    >>> import jax, bilevel as bl
+    >>> problem = bl.Minimization(lambda x, theta: 0.5 * (x - theta) ** 2)
+    >>> def value(theta):
+    ...     return bl.solve(problem, theta, 0.0, solver=bl.GradientDescent(step_size=0.5),
+    ...                     estimator=bl.Unrolled(), budget=bl.Budget(iterations=2)).value
+    >>> float(jax.grad(value)(1.0))  # 1 - (1 - 0.5)²
+    0.75
+    """
+
+    last: int | None = eqx.field(static=True, default=None)
+    max_iterations: int = eqx.field(static=True, default=1024)
+    store: str = eqx.field(static=True, default="checkpoints")
+    checkpoints: int | None = eqx.field(static=True, default=None)
+    mode: str = eqx.field(static=True, default="reverse")
+
+    def __check_init__(self) -> None:
+        """Validate the options."""
+        whole("Unrolled", "max_iterations", self.max_iterations)
+        for name in ("last", "checkpoints"):
+            if getattr(self, name) is not None:
+                whole("Unrolled", name, getattr(self, name))
+        _one_of("store", self.store, ("checkpoints", "all"))
+        _one_of("mode", self.mode, ("reverse", "forward"))
+        if self.mode == "forward" and (self.last is not None or self.store != "checkpoints"):
+            msg = (
+                "Unrolled: mode='forward' keeps no steps, so last= and store= have no meaning in "
+                "it. Leave them out or use mode='reverse'."
+            )
+            raise ValueError(msg)
+
+    def solve(self, setting: Setting, record: Record) -> Solution:
+        """The inner solve with the derivative of its iteration."""
+        solver, budget, history = setting.solver, setting.budget, setting.history
+        bound = setting.problem.at(setting.theta)
+        solver.check(bound)
+        bound = solver.prepare(bound, setting.x0)
+        iteration, state, residual = begin(bound, solver, setting.x0)
+        if self.mode == "forward":
+            final, solution, _ = drive(iteration, state, residual, budget, history=history)
+        else:
+            closed = close_iteration(iteration, state, residual)
+            # What comes in here at zero is the state that truncation takes as constant.
+            tail = vector.zeros_like(setting.x0)
+            differentiable = _reverse(self, history)
+            final, solution = differentiable(closed, state, residual, budget, tail, record)
+        return eqx.tree_at(lambda s: s.value, stopped(solution), solver.value(final))
+
+
+def _reverse(options: Unrolled, history: int) -> Any:
+    """The whole iteration as one function with a derivative of its own.
+
+    Its arguments are (iteration, state, residual, budget, tail, record) and its results
+    the final state, which carries the derivative, and the solution.
+    """
+    plan = layout(options.max_iterations, options.checkpoints)
+
+    def differentiable(iteration: Iteration, *rest: Any) -> Any:
+        arrays, static = eqx.partition(iteration, eqx.is_array)
+
+        @jax.custom_vjp
+        def solve(
+            arrays: Any, state: Any, residual: Any, budget: Any, tail: Any, record: Any
+        ) -> Any:
+            del tail, record
+            iteration = eqx.combine(arrays, static)
+            final, solution, _ = drive(
+                iteration, state, residual, budget, history=history, limit=plan.cap
+            )
+            return final, solution
+
+        def forward(arrays: Any, *rest: Any) -> Any:
+            values, state, residual, budget, tail, record = jax.tree.map(
+                lambda leaf: leaf.value, (arrays, *rest), is_leaf=_is_marked
+            )
+            perturbed = jax.tree.map(
+                lambda leaf: leaf.perturbed and eqx.is_inexact_array(leaf.value),
+                arrays,
+                is_leaf=_is_marked,
+            )
+            iteration = eqx.combine(values, static)
+            recorder = _recorder(options, plan, iteration, _Static(perturbed), state, residual)
+            final, solution, store = drive(
+                iteration,
+                state,
+                residual,
+                budget,
+                history=history,
+                limit=plan.cap,
+                recorder=recorder,
+            )
+            shapes = jax.eval_shape(lambda state: state, state)
+            kept = (values, store, solution, tail, record, _Static((perturbed, shapes)))
+            return (final, solution), kept
+
+        def pull(kept: Any, cotangents: Any) -> Any:
+            values, store, solution, tail, record, flags = kept
+            perturbed, shapes = flags.value
+            cotangent = jax.tree.map(_dense, cotangents[0], is_leaf=_is_symbolic_zero)
+            iteration = eqx.combine(values, static)
+            count = solution.iterations
+            stop = jnp.int32(0)
+            if options.last is not None:
+                stop = jnp.maximum(count - options.last, 0)
+            of_state, of_residual, of_arrays = _pull_back(
+                options, plan, iteration, perturbed, shapes, store, count, stop, cotangent
+            )
+            start = iteration.solver.value(of_state)
+            whole_way = stop == 0
+            none = jax.tree.map(jnp.zeros_like, (of_state, of_residual))
+            of_state, of_residual = vector.where(whole_way, (of_state, of_residual), none)
+            of_tail = vector.where(whole_way, vector.zeros_like(tail), start)
+            applied = jnp.asarray(
+                iteration.solver.applications(of_state, count - stop), jnp.int32
+            )
+            adjoint = no_adjoint(tail, applied)
+            record = record.filled(solution, adjoint, start)
+            return of_arrays, of_state, of_residual, None, of_tail, record
+
+        solve.defvjp(forward, pull, symbolic_zeros=True)
+        return solve(arrays, *jax.tree.map(jnp.asarray, rest))
+
+    return differentiable
+
+
+@jax.tree_util.register_static
+class _Static:
+    """What is known while tracing, riding along as structure."""
+
+    def __init__(self, value: PyTree):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Static) and self.value == other.value
+
+    def __hash__(self) -> int:
+        return hash(tuple(jax.tree.leaves(self.value)))
+
+
+def _is_marked(leaf: Any) -> bool:
+    return isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)
+
+
+def _is_symbolic_zero(leaf: Any) -> bool:
+    return isinstance(leaf, jax.custom_derivatives.SymbolicZero)
+
+
+def _dense(cotangent: Any) -> Any:
+    if _is_symbolic_zero(cotangent):
+        return jnp.zeros(cotangent.shape, cotangent.dtype)
+    return cotangent
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        msg = f"Unrolled: {name} must be one of {', '.join(allowed)}, got {value!r}."
+        raise ValueError(msg)
+
+
+def _recorder(
+    options: Unrolled,
+    plan: Layout,
+    iteration: Iteration,
+    flags: _Static,
+    state: PyTree,
+    residual: PyTree,
+) -> Recorder:
+    if options.store == "checkpoints" or options.last is not None:
+        return Recorder(allocate(plan, state), plan.stride, write)
+    linearization = linearize(iteration, flags.value, state)
+    if not _keeps_linearizations(plan, linearization, state):
+        every = Layout(plan.cap, 1)
+        return Recorder(allocate(every, state), 1, write)
+
+    def advance(store: Any, count: Array, state: Any, residual: Any) -> Any:
+        (state, residual), varying = linearization.forward(state, residual)
+        return write(store, count, varying), state, residual
+
+    del residual
+    store = [jnp.zeros((plan.cap, *leaf.shape), leaf.dtype) for leaf in linearization.varying]
+    return Recorder(store, plan.cap, lambda store, _index, _state: store, advance)
+
+
+def _pull_back(
+    options: Unrolled,
+    plan: Layout,
+    iteration: Iteration,
+    perturbed: PyTree,
+    shapes: PyTree,
+    store: PyTree,
+    count: Array,
+    stop: Array,
+    cotangent: PyTree,
+) -> Any:
+    truncated = options.last is not None
+    if options.store == "checkpoints" or truncated:
+        return backward(
+            plan, iteration, perturbed, store, count, stop, cotangent, truncated=truncated
+        )
+    linearization = linearize(iteration, perturbed, shapes)
+    if _keeps_linearizations(plan, linearization, shapes):
+        return backward_stored(linearization, store, count, cotangent)
+    every = Layout(plan.cap, 1)
+    return backward(every, iteration, perturbed, store, count, stop, cotangent, truncated=True)
+
+
+def _keeps_linearizations(plan: Layout, linearization: Any, state: PyTree) -> bool:
+    of_state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    step = linearization.step_bytes
+    return step <= 2 * of_state or step * plan.cap <= STORED_BYTES

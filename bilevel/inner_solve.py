@@ -1,0 +1,266 @@
+"""`bl.solve`: an inner solve as one differentiable function."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from bilevel.budget import Budget
+from bilevel.compilation import compiled
+from bilevel.estimator.base import Estimator, Record, Setting
+from bilevel.estimator.implicit import Implicit
+from bilevel.probe import Probe
+from bilevel.problem import InnerProblem, as_inner_problem
+from bilevel.refinement.fidelity import Fidelity
+from bilevel.solution import Solution
+from bilevel.solver.base import InnerSolver
+from bilevel.solver.default import default_solver
+
+
+def solve(
+    problem: object,
+    theta: PyTree,
+    x0: PyTree,
+    *,
+    solver: InnerSolver | None = None,
+    estimator: Estimator | None = None,
+    budget: Budget | None = None,
+    adjoint_budget: Budget | None = None,
+    adjoint_guess: PyTree | None = None,
+    fidelity: Fidelity | None = None,
+    probe: Probe | None = None,
+    history: int = 0,
+) -> Solution:
+    """Solve an inner problem to a budget, differentiably.
+
+    Works under `jax.jit`, `jax.grad`, `jax.jvp`, `jax.vmap` and `jax.hessian`; outside jit
+    it compiles itself once, whatever the budgets.
+
+    **Arguments:**
+
+    - `problem`: an inner problem, or any object with `residual(x, theta)`.
+    - `theta`: any pytree; what the solution is differentiated with respect to.
+    - `x0`: the start, any pytree of float or complex arrays. A good one is a warm start.
+    - `solver`: an inner solver; `None` picks one from the kind and size of the problem.
+    - `estimator`: how the derivative is obtained; [`Implicit`][] by default.
+    - `budget`: of the primal solve. By default to within rounding.
+    - `adjoint_budget`: of the solves of the derivative, relative to their own right-hand
+        side. By default to within rounding; never taken from `budget`.
+    - `adjoint_guess`: where the adjoint solve starts, like `x0`; zero by default.
+    - `fidelity`: `budget`, `adjoint_budget` and `probe` in one.
+    - `probe`: [`Probe.zeros()`][]; its cotangent is what the solves did.
+    - `history`: how many residual norms to keep, static.
+
+    **Returns:** a [`Solution`][]; its `value` is like `x0` and carries the derivative.
+
+    **Raises:** `TypeError` or `ValueError` for arguments that do not fit, and
+    `IncompatibleError` for a solver that cannot work on the problem, all before anything
+    runs.
+
+    >>> import jax, jax.numpy as jnp, bilevel as bl
+    >>> problem = bl.LinearSystem(lambda theta: jnp.diag(theta), jnp.ones(2))
+    >>> def loss(theta):
+    ...     return jnp.sum(bl.solve(problem, theta, jnp.zeros(2)).value)
+    >>> [float(g) for g in jax.grad(loss)(jnp.array([1.0, 2.0]))]
+    [-1.0, -0.25]
+    """
+    setting, estimator, probe = arrange(
+        problem,
+        theta,
+        x0,
+        solver=solver,
+        estimator=estimator,
+        budget=budget,
+        adjoint_budget=adjoint_budget,
+        adjoint_guess=adjoint_guess,
+        fidelity=fidelity,
+        probe=probe,
+        history=history,
+    )
+    return _solve(
+        setting.problem,
+        setting.theta,
+        setting.x0,
+        setting.solver,
+        estimator,
+        setting.budget,
+        setting.adjoint_budget,
+        setting.adjoint_guess,
+        probe,
+        setting.history,
+    )
+
+
+@compiled
+def _solve(
+    problem: InnerProblem,
+    theta: PyTree,
+    x0: PyTree,
+    solver: InnerSolver,
+    estimator: Estimator,
+    budget: Budget,
+    adjoint_budget: Budget | None,
+    adjoint_guess: PyTree | None,
+    probe: Probe | None,
+    history: int,
+) -> Solution:
+    setting = complete(
+        Setting(
+            problem, theta, x0, solver, budget, adjoint_budget, adjoint_guess, history
+        )
+    )
+    return estimator.solve(setting, Record(counts=probe))
+
+
+def arrange(
+    problem: object,
+    theta: PyTree,
+    x0: PyTree,
+    *,
+    solver: InnerSolver | None,
+    estimator: Estimator | None,
+    budget: Budget | None,
+    adjoint_budget: Budget | None,
+    adjoint_guess: PyTree | None,
+    fidelity: Fidelity | None,
+    probe: Probe | None,
+    history: int,
+) -> tuple[Any, Estimator, Probe | None]:
+    """Check what the user gave, before anything is traced, and bring it into one form."""
+    if fidelity is not None:
+        given = [
+            name
+            for name, value in (
+                ("budget", budget),
+                ("adjoint_budget", adjoint_budget),
+                ("probe", probe),
+            )
+            if value is not None
+        ]
+        if given:
+            msg = f"fidelity already holds {given[0]}: give one of the two, not both."
+            raise TypeError(msg)
+        budget, adjoint_budget = fidelity.budget, fidelity.adjoint_budget
+        probe = fidelity.probe
+    for name, value, kind in (
+        ("solver", solver, InnerSolver),
+        ("estimator", estimator, Estimator),
+        ("budget", budget, Budget),
+        ("adjoint_budget", adjoint_budget, Budget),
+    ):
+        if value is not None and not isinstance(value, kind):
+            hint = f" Write {name}={value.__name__}(...)." if isinstance(value, type) else ""
+            if kind is Budget:
+                hint = f" Write {name}=Budget(iterations={value!r})."
+            msg = f"{name} must be a {kind.__name__}, got {value!r}.{hint}"
+            raise TypeError(msg)
+    setting = Setting(
+        problem=as_inner_problem(problem),
+        theta=jax.tree.map(_as_array, theta),
+        x0=as_vector("x0", x0),
+        solver=solver,  # pyright: ignore[reportArgumentType]
+        budget=_as_arrays(budget),  # pyright: ignore[reportArgumentType]
+        adjoint_budget=_as_arrays(adjoint_budget),
+        adjoint_guess=None if adjoint_guess is None else as_vector("adjoint_guess", adjoint_guess),
+        history=history,
+    )
+    return setting, Implicit() if estimator is None else estimator, probe
+
+
+def complete(setting: Setting) -> Setting:
+    """Fill in the defaults that depend on the problem, and check what its functions return."""
+    bound = setting.problem.at(setting.theta)
+    check_residual(bound.name, jax.eval_shape(bound.residual, setting.x0), setting.x0)
+    solver = setting.solver
+    if solver is None:  # pyright: ignore[reportUnnecessaryComparison]
+        solver = default_solver(bound, setting.x0)
+    budget = setting.budget
+    if budget is None:  # pyright: ignore[reportUnnecessaryComparison]
+        budget = solver.default_budget(setting.x0)
+    return Setting(
+        setting.problem,
+        setting.theta,
+        setting.x0,
+        solver,
+        budget,
+        setting.adjoint_budget,
+        setting.adjoint_guess,
+        setting.history,
+    )
+
+
+def as_vector(name: str, x: PyTree) -> PyTree:
+    """The pytree with array leaves.
+
+    **Raises:** `TypeError` naming the leaf that is no float or complex array.
+    """
+
+    def convert(path: Any, leaf: Any) -> Any:
+        where = f"{name}{jax.tree_util.keystr(path)}"
+        try:
+            array = jnp.asarray(leaf)
+        except TypeError:
+            msg = f"{where} must be a float or complex array, got {type(leaf).__name__}."
+            raise TypeError(msg) from None
+        if not jnp.issubdtype(array.dtype, jnp.inexact):
+            msg = (
+                f"{where} must be a float or complex array, got {array.dtype}. Use "
+                f"{where}.astype(float), or move it into theta or the problem's own data."
+            )
+            raise TypeError(msg)
+        return jnp.asarray(array, array.dtype)  # no weak type: the loop keeps dtypes
+
+    leaves = jax.tree_util.tree_leaves(x)
+    if not leaves:
+        msg = f"{name} must hold at least one array, got an empty pytree {x!r}."
+        raise TypeError(msg)
+    return jax.tree_util.tree_map_with_path(convert, x)
+
+
+def check_residual(kind: str, outcome: PyTree, x: PyTree) -> None:
+    """**Raises:** `TypeError` naming the leaf of a residual that is not like x."""
+    expected, got = jax.tree.structure(x), jax.tree.structure(outcome)
+    if expected != got:
+        msg = (
+            f"{kind}: the residual must have the structure of x0, {expected}, got {got}. Return a "
+            "pytree like x."
+        )
+        raise TypeError(msg)
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(x), jax.tree.leaves(outcome), strict=True
+    )
+    for (path, leaf), value in pairs:
+        where = jax.tree_util.keystr(path)
+        if leaf.shape != value.shape:
+            msg = (
+                f"{kind}: the residual at x{where} has shape {value.shape}, expected {leaf.shape} "
+                "as x0 has. Check the shapes of what the problem computes."
+            )
+            raise TypeError(msg)
+        if leaf.dtype != value.dtype:
+            msg = (
+                f"{kind}: the residual at x{where} is {value.dtype}, but x0{where} is "
+                f"{leaf.dtype}. Give x0, theta and the data one dtype, for example "
+                f"x0.astype({value.dtype})."
+            )
+            raise TypeError(msg)
+
+
+def _as_arrays(budget: Budget | None) -> Budget | None:
+    if budget is None:
+        return None
+    leaves = (budget.iterations, budget.rtol, budget.atol)
+    iterations, rtol, atol = (
+        leaf if isinstance(leaf, jax.Array) else np.asarray(leaf, dtype)
+        for leaf, dtype in zip(leaves, (np.int32, float, float), strict=True)
+    )
+    return eqx.tree_at(
+        lambda b: (b.iterations, b.rtol, b.atol), budget, (iterations, rtol, atol)
+    )
+
+
+def _as_array(leaf: Any) -> Any:
+    return jnp.asarray(leaf) if isinstance(leaf, int | float | complex | np.ndarray) else leaf

@@ -1,0 +1,194 @@
+"""Optimize: the outer loop."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import optax
+
+from bilevel.outer.callbacks import AnyCallback, as_callbacks
+from bilevel.outer.progress import Reporter, reporter
+from bilevel.outer.run import (
+    CHECKPOINT_FILE,
+    COMPLETED,
+    FAILED,
+    INTERRUPTED,
+    NONFINITE,
+    STOPPED,
+    Run,
+    holds_run,
+)
+from bilevel.outer.settings import LoopSettings, validated
+from bilevel.outer.task import Task, check_parts
+from bilevel.outer.training import NonFiniteStreak, Training
+from bilevel.refinement.fixed import FixedFidelity
+
+
+class NonFiniteError(RuntimeError):
+    """Too many updates in a row had a loss or gradient that was not finite.
+
+    - `run`: what was done until then; saved already if there is a directory.
+    """
+
+    def __init__(self, message: str, run: Run):
+        super().__init__(message)
+        self.run = run
+
+
+def optimize(
+    task: Task,
+    optimizer: optax.GradientTransformation | None = None,
+    controller: Any | None = None,
+    epochs: int | None = None,
+    directory: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    callbacks: Sequence[AnyCallback] = (),
+    progress: bool | Reporter = True,  # noqa: FBT001, FBT002
+    *,
+    max_nonfinite: int = 10,
+    overwrite: bool = False,
+    resume: bool = False,
+    label: str | None = None,
+) -> Run:
+    """Train a task's parameters, at the fidelity a controller asks for.
+
+    The update is compiled once: budgets and ladder levels are traced, and only static
+    parts of a fidelity (a grid) or another shape of batch compile again. The controller
+    takes one measurement an epoch; a controller that reads the metric gets the one
+    before training as its first.
+
+    Ctrl-C ends the run with what was done so far, saved and returned; `run.status` is
+    then ``"interrupted"``.
+
+    **Arguments:**
+
+    - `task`: what is trained.
+    - `optimizer`: any optax optimizer; the task's by default.
+    - `controller`: decides the fidelity; by default the task's own, else the full solve.
+    - `epochs`: how many in all; the task's by default.
+    - `directory`: where to keep `history.jsonl` (written after every epoch),
+        `theta.npz`, `summary.json` and `checkpoint.npz`; `None` keeps nothing.
+    - `seed`: of the random keys that batches get, >= 0.
+    - `callbacks`: [`Callback`][] objects, or functions called with an [`Event`][] after
+        every epoch.
+    - `progress`: `True` for a bar on a terminal and lines elsewhere, on standard error;
+        `False` for none; or a reporter of your own.
+    - `max_nonfinite`: updates in a row whose loss or gradient is not finite before the
+        run is given up. Each is skipped, counted and said.
+    - `overwrite`: whether a run in `directory` may be replaced.
+    - `resume`: whether to go on with the run in `directory`, from its last checkpoint;
+        the result is the same as without the break.
+    - `label`: name of the run in tables and files; the controller's class by default.
+
+    **Returns:** the run: parameters, history, summary.
+
+    **Raises:** [`NonFiniteError`][] when the run is given up; `FileExistsError` if the
+    directory holds a run; `TypeError` or `ValueError` naming the argument; what the task's
+    own functions raise, after saving what was done.
+
+    >>> import bilevel as bl, optax
+    >>> def loss(theta, batch, fidelity):
+    ...     root = bl.solve(bl.FixedPoint(lambda x, t: 0.5 * x + t), theta, 0.0, fidelity=fidelity)
+    ...     return (root.value - 4.0) ** 2
+    >>> task = bl.Task(1.0, loss, validate=lambda theta: abs(2 * theta - 4.0))
+    >>> controller = bl.ProgressiveRefinement(bl.Ladder.iterations(2, 2, 20))
+    >>> run = optimize(task, optax.sgd(0.1), controller, epochs=40, progress=False)
+    >>> run.summary.compilations, round(float(run.theta), 2)
+    (1, 2.0)
+    """
+    task = _checked(task)
+    optimizer = task.optimizer if optimizer is None else optimizer
+    if optimizer is None:
+        msg = "optimize: optimizer is missing. Give one, for example optax.adam(1e-3)."
+        raise ValueError(msg)
+    check_parts("optimize", "optimizer", optimizer, ("init", "update"), "an optax optimizer")
+    controller = _controller(task, controller)
+    epochs = task.epochs if epochs is None else epochs
+    if epochs is None:
+        msg = "optimize: epochs is missing. Say how many, for example epochs=100."
+        raise ValueError(msg)
+    settings = validated(
+        LoopSettings,
+        "optimize",
+        epochs=epochs,
+        seed=seed,
+        max_nonfinite=max_nonfinite,
+        directory=directory,
+        overwrite=overwrite,
+        resume=resume,
+    )
+    _check_directory(settings)
+    training = Training(
+        task,
+        optimizer,
+        controller,
+        settings,
+        as_callbacks(callbacks),
+        reporter(progress),
+        label or type(controller).__name__,
+    )
+    return _guarded(training)
+
+
+def _guarded(training: Training) -> Run:
+    """Train, and keep what was done however it ends."""
+    try:
+        training.go()
+    except KeyboardInterrupt:
+        return training.end(INTERRUPTED, f"interrupted {training.place}")
+    except NonFiniteStreak as streak:
+        run = training.end(NONFINITE, str(streak))
+        raise NonFiniteError(str(streak), run) from None
+    except BaseException as error:
+        training.end(FAILED, f"{type(error).__name__} {training.place}: {error}")
+        raise
+    reason = training.stop_reason
+    return training.end(COMPLETED if reason is None else STOPPED, reason or "")
+
+
+def _checked(task: Any) -> Task:
+    if isinstance(task, Task):
+        return task
+    hint = " Call it to get its task." if callable(task) else ""
+    msg = f"optimize: task should be a Task, got {task!r}.{hint}"
+    raise TypeError(msg)
+
+
+def _controller(task: Task, controller: Any | None) -> Any:
+    controller = task.controller if controller is None else controller
+    if controller is None:
+        full = task.full_fidelity
+        if full is None:
+            msg = (
+                "optimize: controller is missing. Give one, for example "
+                "bl.FixedFidelity(bl.Budget(iterations=100)), or give the task a ladder."
+            )
+            raise ValueError(msg)
+        controller = FixedFidelity(full)
+    check_parts(
+        "optimize", "controller", controller, ("init", "update", "fidelity"), "a controller"
+    )
+    return controller
+
+
+def _check_directory(settings: LoopSettings) -> None:
+    directory = settings.directory
+    if settings.resume:
+        if directory is None or not (directory / CHECKPOINT_FILE).is_file():
+            msg = (
+                f"optimize: resume needs a directory with a {CHECKPOINT_FILE}, got {directory}. "
+                "Leave resume out to begin."
+            )
+            raise FileNotFoundError(msg)
+        return
+    if directory is None:
+        return
+    if directory.exists() and not directory.is_dir():
+        msg = f"optimize: directory {directory} is a file. Name a directory."
+        raise NotADirectoryError(msg)
+    if holds_run(directory) and not settings.overwrite:
+        msg = (
+            f"optimize: {directory} holds a run already. Name another directory, or pass "
+            "overwrite=True to replace it or resume=True to go on with it."
+        )
+        raise FileExistsError(msg)

@@ -1,0 +1,96 @@
+"""Tally: the reports of an epoch's updates, fetched from the device and added up."""
+
+import math
+from collections import deque
+
+import jax
+import numpy as np
+
+from bilevel.outer.update import ERRORS, REPORT
+
+_PLACE = {name: place for place, name in enumerate(REPORT)}
+_COUNTS = tuple(REPORT[REPORT.index("solves") :])
+_RESIDUALS = ("primal_residual", "adjoint_residual")
+
+
+class Tally:
+    """Adds up reports without making the host wait for the device.
+
+    Reports are read when they are ready, so a run of non-finite gradients is seen within
+    an update or two; at most `ahead` updates are under way at any time.
+
+    - `updates`, `nonfinite`: updates made and updates skipped in this epoch.
+    - `made`: updates made in all epochs.
+    - `longest`: most updates in a row that were not finite, in all epochs.
+
+    **Arguments:**
+
+    - `ahead`: how many updates may be under way.
+    """
+
+    def __init__(self, ahead: int = 32):
+        self.made = 0
+        self.longest = 0
+        self._streak = 0
+        self._ahead = ahead
+        self._waiting: deque[jax.Array] = deque()
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin an epoch."""
+        self._waiting.clear()
+        self.updates = 0
+        self.nonfinite = 0
+        # Sums on the host, in double precision: counts stay exact whatever the device's
+        # dtype, and a long epoch needs no more room than a short one.
+        self._over_made = np.zeros(len(REPORT))
+        self._over_all = np.zeros(len(REPORT))
+
+    def add(self, report: jax.Array) -> None:
+        """Take the report of an update, and read those that are ready."""
+        self._waiting.append(report)
+        while self._waiting and (len(self._waiting) > self._ahead or _is_ready(self._waiting[0])):
+            self._read()
+
+    def finish(self) -> None:
+        """Wait for the updates under way and read their reports."""
+        while self._waiting:
+            self._read()
+
+    def mean(self, name: str) -> float:
+        """Mean of a number over the updates made; NaN if there is none."""
+        return float(self._over_made[_PLACE[name]] / self.updates) if self.updates else math.nan
+
+    def numbers(self) -> dict[str, float | int | None]:
+        """The fields of a record; `None` where nothing was reported."""
+        fields: dict[str, float | int | None] = {
+            "updates": self.updates,
+            "nonfinite": self.nonfinite,
+        }
+        for name in ("loss", "gradient_norm", *ERRORS):
+            value = self.mean(name)
+            fields[name] = None if math.isnan(value) else value
+        sums = {name: float(self._over_all[_PLACE[name]]) for name in _COUNTS}
+        if any(sums.values()):
+            # Fed by hand, a probe may not say how many solves there were.
+            solves = sums["solves"] or self.updates + self.nonfinite
+            fields |= {name: sums[name] / solves for name in _RESIDUALS}
+            fields |= {name: round(sums[name]) for name in _COUNTS if name not in _RESIDUALS}
+        return fields
+
+    def _read(self) -> None:
+        row = np.asarray(self._waiting.popleft(), dtype=np.float64)
+        self._over_all += np.where(np.isfinite(row), row, 0.0)
+        if row[_PLACE["finite"]]:
+            self._over_made += row
+            self.updates += 1
+            self.made += 1
+            self._streak = 0
+        else:
+            self.nonfinite += 1
+            self._streak += 1
+            self.longest = max(self.longest, self._streak)
+
+
+def _is_ready(report: jax.Array) -> bool:
+    return report.is_ready()  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]

@@ -1,0 +1,345 @@
+"""Training: one run of the outer loop, from its first metric to its last."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import PRNGKeyArray, PyTree
+
+from bilevel.outer.archive import Archive
+from bilevel.outer.callbacks import Callback, Event
+from bilevel.outer.control import Control
+from bilevel.outer.executable import Executable
+from bilevel.outer.history import History, Record
+from bilevel.outer.progress import Reporter, batches_in
+from bilevel.outer.run import Run, summarize
+from bilevel.outer.settings import LoopSettings
+from bilevel.outer.tally import Tally
+from bilevel.outer.task import Task
+from bilevel.outer.update import ERRORS, Update, make_update
+from bilevel.refinement.fidelity import Fidelity
+
+
+class NonFiniteStreak(Exception):  # noqa: N818
+    """Too many updates in a row were not finite."""
+
+
+class Training:
+    """One run of the outer loop.
+
+    **Arguments:** those of `optimize`, checked.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        optimizer: optax.GradientTransformation,
+        controller: Any,
+        settings: LoopSettings,
+        callbacks: Sequence[Callback],
+        progress: Reporter,
+        label: str,
+    ):
+        self._task = task
+        self._settings = settings
+        self._callbacks = callbacks
+        self._progress = progress
+        self._label = label
+        self._controller_name = type(controller).__name__
+
+        trained, self._static = eqx.partition(task.parameters, eqx.is_inexact_array)
+        # Strongly typed from the start: what comes out of the update is, and a weakly typed
+        # beginning would compile twice.
+        self._trained: PyTree = jax.tree.map(_strong, trained)
+        state, self._optimizer_static = eqx.partition(optimizer.init(self._trained), _is_array)
+        self._optimizer_state: PyTree = jax.tree.map(_strong, state)
+
+        self._control = Control(controller, measures_error=task.hypergradient is not None)
+        self._update = Executable(self._arrays_only(make_update(task, optimizer)))
+        self._validation = self._compiled_validation() if task.jit_validate else None
+
+        self._tally = Tally()
+        self._history = History()
+        self._archive = Archive(settings.directory)
+        self._epoch = self._batch = 0
+        self._work: int | None = None
+        self._metric: np.generic | float | None = None
+        self._started = time.perf_counter()
+        self._elapsed_before = self._compiled_before = 0.0
+        self._compiled_at_record = 0.0
+        self._stop_reason: str | None = None
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why a callback stopped it; `None` if none did."""
+        return self._stop_reason
+
+    @property
+    def place(self) -> str:
+        """Where it is, in words."""
+        if self._batch:
+            return f"in epoch {self._epoch + 1}, after update {self._batch} of it"
+        return f"after epoch {self._epoch}" if self._epoch else "before the first update"
+
+    def go(self) -> None:
+        """Train until the last epoch, or until a callback stops it."""
+        self._started = time.perf_counter()
+        if self._settings.resume:
+            self._restore()
+        self._progress.start(
+            f"{self._task.name}, {self._label}",
+            self._settings.epochs,
+            self._task.metric_name,
+            self._epoch,
+        )
+        self._archive.open(self._history)
+        if not self._history:
+            seconds = self._validate()
+            self._control.start(self._metric)
+            self._record(validation_seconds=seconds)
+        self._call(lambda callback, event: callback.start(event))
+        while self._epoch < self._settings.epochs and self._stop_reason is None:
+            self._train_epoch()
+            self._call(lambda callback, event: callback.epoch(event))
+
+    def end(self, status: str, message: str) -> Run:
+        """Close, and keep what was done so far."""
+        summary = summarize(
+            self._history,
+            task=self._task.name,
+            policy=self._label,
+            controller=self._controller_name,
+            seed=self._settings.seed,
+            status=status,
+            message=message,
+            metric_name=self._task.metric_name,
+            seconds=self._elapsed,
+            compile_seconds=self._compiled_before + self._compile_seconds,
+            device=_device(self._trained),
+            compilations=self._update.count,
+            other_compilations=self._control.compilations
+            + (0 if self._validation is None else self._validation.count),
+        )
+        run = Run(self._theta, self._history, summary, self._settings.directory)
+        try:
+            for callback in self._callbacks:
+                callback.end(run)
+        finally:
+            self._archive.close(run)
+            if message:
+                kept = self._settings.directory
+                self._progress.note(message if kept is None else f"{message}; kept in {kept}")
+            self._progress.stop()
+        return run
+
+    def _train_epoch(self) -> None:
+        number, fidelity = self._epoch + 1, self._control.fidelity
+        batches = batches_in(self._task.batches)
+        self._tally.begin()
+        watch = self._watch()
+        for batch in self._task.epoch_batches(number, self._key):
+            self._progress.batch(self._batch + 1, batches)
+            self._trained, self._optimizer_state, report = self._update(
+                self._trained, self._optimizer_state, batch, fidelity
+            )
+            self._batch += 1
+            self._tally.add(report)
+            self._check_streak()
+        self._tally.finish()
+        self._check_streak()
+        seconds = watch()
+
+        validation_seconds = self._validate()
+        if self._task.validate is None:
+            self._metric = self._tally.mean("loss")
+        spent = limits(fidelity)
+        self._control.advance(
+            self._metric,
+            self._tally.mean("gradient_norm"),
+            [self._tally.mean(part) for part in ERRORS],
+        )
+        self._epoch, self._batch = number, 0
+        self._record(
+            seconds=seconds,
+            validation_seconds=validation_seconds,
+            **spent,
+            **self._tally.numbers(),
+        )
+
+    def _validate(self) -> float:
+        """Measure the metric; the wall time it took, without compilation."""
+        validate = self._task.validate
+        if validate is None:
+            return 0.0
+        watch = self._watch()
+        value = (
+            validate(self._theta) if self._validation is None else self._validation(self._trained)
+        )
+        self._metric = _real_number(value)
+        return watch()
+
+    def _record(self, **fields: Any) -> None:
+        compiled = self._compile_seconds
+        record = Record(
+            epoch=self._epoch,
+            metric=None if self._metric is None else float(self._metric),
+            rejected=self._control.rejected,
+            compile_seconds=compiled - self._compiled_at_record,
+            elapsed=self._elapsed,
+            **fields,
+        )
+        self._compiled_at_record = compiled
+        self._history.append(record)
+        self._archive.add(record, self._state())
+        if record.work is not None:
+            self._work = record.work + (self._work or 0)
+        self._progress.epoch(record, self._work)
+        if record.nonfinite:
+            self._progress.note(
+                f"epoch {record.epoch}: {record.nonfinite} of {record.nonfinite + record.updates} "
+                "updates skipped, for the loss, its gradient or the next theta was not finite"
+            )
+
+    def _check_streak(self) -> None:
+        limit = self._settings.max_nonfinite
+        if self._tally.longest < limit:
+            return
+        spent = limits(self._control.fidelity)
+        where = "" if spent["level"] is None else f"level {spent['level']}, "
+        msg = (
+            f"given up {self.place}: in {limit} updates in a row the loss, its gradient or the "
+            f"next theta was not finite ({where}{spent['budget_iterations']} iterations allowed). "
+            "theta is as the last good update left it. Start with a larger budget or nearer "
+            "parameters, take a smaller learning rate, or raise max_nonfinite."
+        )
+        raise NonFiniteStreak(msg)
+
+    def _call(self, call: Callable[[Callback, Event], None]) -> None:
+        if not self._callbacks:
+            return
+        event = Event(
+            task=self._task,
+            epoch=self._epoch,
+            epochs=self._settings.epochs,
+            theta=self._theta,
+            fidelity=self._control.fidelity,
+            history=self._history,
+        )
+        for callback in self._callbacks:
+            call(callback, event)
+        self._stop_reason = event.stop_reason
+
+    def _state(self) -> PyTree:
+        """All that training after this epoch depends on."""
+        return {
+            "trained": self._trained,
+            "optimizer": self._optimizer_state,
+            "controller": self._control.state,
+            "epoch": np.asarray(self._epoch),
+        }
+
+    def _restore(self) -> None:
+        self._control.start(None)
+        state, self._history = self._archive.restore(self._state(), self._settings.seed)
+        self._trained, self._optimizer_state = state["trained"], state["optimizer"]
+        self._control.restore(state["controller"])
+        self._epoch = int(state["epoch"])
+        self._work = self._history.work
+        self._elapsed_before = self._history[-1].elapsed
+        self._compiled_before = float(self._history.total("compile_seconds") or 0.0)
+
+    @property
+    def _theta(self) -> PyTree:
+        return eqx.combine(self._trained, self._static)
+
+    @property
+    def _elapsed(self) -> float:
+        return self._elapsed_before + time.perf_counter() - self._started
+
+    @property
+    def _compile_seconds(self) -> float:
+        validation = 0.0 if self._validation is None else self._validation.seconds
+        return self._update.seconds + self._control.compile_seconds + validation
+
+    def _watch(self) -> Callable[[], float]:
+        """A stopwatch that does not count compilation."""
+        compiled, started = self._compile_seconds, time.perf_counter()
+        return lambda: time.perf_counter() - started - (self._compile_seconds - compiled)
+
+    def _key(self, epoch: int) -> PRNGKeyArray:
+        # A key of its own for every epoch: a resumed run draws what it would have drawn.
+        return jax.random.fold_in(jax.random.key(self._settings.seed), epoch)
+
+    def _arrays_only(self, update: Update) -> Callable[..., Any]:
+        def on_arrays(trained: PyTree, state: PyTree, batch: Any, fidelity: Fidelity) -> Any:
+            whole = eqx.combine(state, self._optimizer_static)
+            trained, whole, report = update(trained, whole, batch, fidelity)
+            return trained, eqx.filter(whole, _is_array), report
+
+        return on_arrays
+
+    def _compiled_validation(self) -> "Executable[[PyTree], Any] | None":
+        validate = self._task.validate
+        if validate is None:
+            return None
+
+        def on_arrays(trained: PyTree) -> Any:
+            try:
+                return validate(eqx.combine(trained, self._static))
+            except jax.errors.JAXTypeError as error:
+                error.add_note(
+                    "validate leaves JAX: give the task jit_validate=False, and it is called with "
+                    "concrete parameters instead of being compiled."
+                )
+                raise
+
+        return Executable(on_arrays)
+
+
+def limits(fidelity: Fidelity) -> dict[str, float | int | None]:
+    """The numbers of a fidelity as fields of a record."""
+    host: Fidelity = jax.device_get(fidelity)
+    level = None if host.level is None else int(host.level)
+    fields: dict[str, float | int | None] = {"level": level}
+    for prefix, budget in (("budget", host.budget), ("adjoint_budget", host.adjoint_budget)):
+        if budget is not None:
+            fields[f"{prefix}_iterations"] = int(budget.iterations)
+            fields[f"{prefix}_rtol"] = float(budget.rtol)
+            fields[f"{prefix}_atol"] = float(budget.atol)
+    return fields
+
+
+def _real_number(value: Any) -> np.generic | float:
+    if isinstance(value, jax.Array):
+        value = np.asarray(value)[()]
+    shape = np.shape(value)
+    if shape == () and not (np.iscomplexobj(value) or isinstance(value, str | bytes | None)):
+        # Half precision is widened: numpy's scalars of it are no floats.
+        half = isinstance(value, np.generic) and not isinstance(value, np.float32 | np.float64)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            pass
+        else:
+            return value if isinstance(value, np.generic) and not half else number
+    msg = f"Task: validate should return one real number, got {value!r}. Reduce it, or take .real."
+    raise TypeError(msg)
+
+
+def _device(tree: PyTree) -> str:
+    devices = sorted(jax.tree.leaves(tree)[0].devices(), key=lambda device: device.id)
+    count = "" if len(devices) == 1 else f"{len(devices)} × "
+    return f"{count}{devices[0].device_kind}"
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+
+
+def _strong(leaf: Any) -> jax.Array:
+    return jnp.asarray(leaf, leaf.dtype)

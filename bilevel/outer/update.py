@@ -1,0 +1,186 @@
+"""Update: one step of the outer optimizer, compiled once for all budgets."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from bilevel import vector
+from bilevel.outer.task import Task
+from bilevel.probe import Probe
+from bilevel.refinement.fidelity import Fidelity
+
+Report: TypeAlias = Float[Array, " report"]
+"""What one update did, one number for each of `REPORT`."""
+
+_COUNTS = tuple(field.name for field in dataclasses.fields(Probe))
+
+ERRORS = ("primal_error", "adjoint_error", "error")
+"""The parts of the gradient's truncation error, and the total."""
+
+REPORT = ("finite", "loss", "gradient_norm", *ERRORS, *_COUNTS)
+"""The numbers in a report: whether the update was made, and what it saw."""
+
+Update: TypeAlias = Callable[[PyTree, PyTree, Any, Fidelity], tuple[PyTree, PyTree, Report]]
+"""``update(trained, optimizer_state, batch, fidelity)`` -> the next two, and a report."""
+
+
+def make_update(task: Task, optimizer: optax.GradientTransformation) -> Update:
+    """The update of a task's parameters, a pure function for jit.
+
+    It differentiates the loss with respect to the parameters and to a probe put into
+    the fidelity, so what the solves did comes out of the same backward pass.  Where the
+    loss, the gradient or the next parameters are not finite, parameters and optimizer
+    state stay as they are and the report says so.
+
+    **Arguments:**
+
+    - `task`: its parameters fix the structure and everything that is not trained.
+    - `optimizer`: any optax transformation, with or without extra arguments; line
+        searches get `value`, `grad` and `value_fn`, whose solves no report counts.
+
+    **Returns:** the update.
+    """
+    static = eqx.filter(task.parameters, eqx.is_inexact_array, inverse=True)
+    evaluate = _of_loss(task, static) if task.loss is not None else _of_result(task, static)
+    extended = optax.with_extra_args_support(optimizer)
+
+    def update(
+        trained: PyTree, optimizer_state: PyTree, batch: Any, fidelity: Fidelity
+    ) -> tuple[PyTree, PyTree, Report]:
+        value, gradient, errors, counts = evaluate(trained, batch, fidelity)
+        steps, next_state = extended.update(
+            # JAX's gradient of a complex parameter is the conjugate of the steepest ascent.
+            vector.conjugate(gradient),
+            optimizer_state,
+            trained,
+            value=value,
+            grad=gradient,
+            value_fn=lambda other: evaluate(other, batch, fidelity)[0],
+        )
+        moved: PyTree = optax.apply_updates(trained, steps)  # pyright: ignore[reportArgumentType]
+        if task.projection is not None:
+            projected = task.projection(eqx.combine(moved, static))
+            moved = _like(trained, projected, "projection")
+        finite = jnp.isfinite(value) & _all_finite(gradient) & _all_finite(moved)
+        report = [finite, value, vector.norm(gradient), *errors, *counts]
+        real = jnp.result_type(float)
+        return (
+            _choose(finite, moved, trained),
+            _choose(finite, next_state, optimizer_state),
+            jnp.stack([jnp.asarray(entry).astype(real) for entry in report]),
+        )
+
+    return update
+
+
+Evaluation: TypeAlias = Callable[
+    [PyTree, Any, Fidelity], tuple[Array, PyTree, list[Any], list[Any]]
+]
+
+
+def _of_loss(task: Task, static: PyTree) -> Evaluation:
+    loss = task.loss
+    assert loss is not None
+
+    def evaluate(
+        trained: PyTree, batch: Any, fidelity: Fidelity
+    ) -> tuple[Array, PyTree, list[Any], list[Any]]:
+        def objective(trained: PyTree, probe: Probe) -> Array:
+            value = loss(eqx.combine(trained, static), batch, fidelity.with_probe(probe))
+            return _real_scalar("loss", value)
+
+        value, (gradient, probe) = jax.value_and_grad(objective, argnums=(0, 1))(
+            trained, Probe.zeros()
+        )
+        unknown = [jnp.nan for _ in ERRORS]
+        return value, gradient, unknown, [getattr(probe, name) for name in _COUNTS]
+
+    return evaluate
+
+
+def _of_result(task: Task, static: PyTree) -> Evaluation:
+    hypergradient = task.hypergradient
+    assert hypergradient is not None
+
+    def evaluate(
+        trained: PyTree, batch: Any, fidelity: Fidelity
+    ) -> tuple[Array, PyTree, list[Any], list[Any]]:
+        result = hypergradient(eqx.combine(trained, static), batch, fidelity)
+        missing = [
+            name
+            for name in ("value", "gradient", "error", "primal", "adjoint")
+            if not hasattr(result, name)
+        ]
+        if missing:
+            msg = (
+                f"Task: hypergradient should return what bl.hypergradient returns, got "
+                f"{type(result).__name__} without {', '.join(missing)}."
+            )
+            raise TypeError(msg)
+        gradient = _like(trained, result.gradient, "hypergradient's gradient")
+        value = _real_scalar("hypergradient's value", result.value)
+        return value, gradient, _errors(result.error), _counts(result)
+
+    return evaluate
+
+
+def _errors(error: Any) -> list[Any]:
+    """Primal part, adjoint part and total; a bare number is a total."""
+    if error is None:
+        return [jnp.nan for _ in ERRORS]
+    if hasattr(error, "total"):
+        return [getattr(error, part, jnp.nan) for part in ("primal", "adjoint", "total")]
+    return [jnp.nan, jnp.nan, error]
+
+
+def _counts(result: Any) -> list[Any]:
+    """The probe's numbers out of two solutions."""
+    raise NotImplementedError
+
+
+def _like(trained: PyTree, other: PyTree, name: str) -> PyTree:
+    """The trained part of another pytree, checked against the parameters."""
+    structure = jax.tree.structure(trained)
+    candidate = eqx.filter(other, eqx.is_inexact_array)
+    if jax.tree.structure(candidate) != structure:
+        msg = (
+            f"Task: {name} should be like theta ({structure}), got {jax.tree.structure(candidate)}."
+        )
+        raise TypeError(msg)
+    for (path, leaf), found in zip(
+        jax.tree_util.tree_leaves_with_path(trained), jax.tree.leaves(candidate), strict=True
+    ):
+        if leaf.shape != found.shape:
+            where = jax.tree_util.keystr(path) or "theta"
+            msg = f"Task: {name} should be like theta; {where} is {leaf.shape}, got {found.shape}."
+            raise ValueError(msg)
+    return jax.tree.map(lambda leaf, found: found.astype(leaf.dtype), trained, candidate)
+
+
+def _real_scalar(name: str, value: Any) -> Array:
+    shape, dtype = jnp.shape(value), jnp.result_type(value)
+    if shape != () or not jnp.issubdtype(dtype, jnp.floating):
+        msg = (
+            f"Task: {name} should be one real floating-point number, got {dtype}{list(shape)}. "
+            "Reduce it, for example with jnp.mean."
+        )
+        raise TypeError(msg)
+    return jnp.asarray(value)
+
+
+def _all_finite(tree: PyTree) -> Array:
+    return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]).all()
+
+
+def _choose(finite: Array, moved: PyTree, kept: PyTree) -> PyTree:
+    # In the dtype of what is kept: an optimizer that widened its state would otherwise
+    # compile anew at its second step.
+    return jax.tree.map(
+        lambda new, old: jnp.where(finite, jnp.asarray(new).astype(old.dtype), old), moved, kept
+    )

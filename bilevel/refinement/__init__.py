@@ -1,0 +1,1 @@
+"""Refinement: fidelities, the ladder they stand on, and the controllers that climb it."""

@@ -1,0 +1,260 @@
+"""ErrorControlled: as accurate as the hypergradient needs, and no more."""
+
+from typing import Annotated, Any, ClassVar, NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+from pydantic import Field
+
+from bilevel.refinement.arguments import checked
+from bilevel.refinement.fidelity import Fidelity
+from bilevel.refinement.ladder import Ladder
+from bilevel.refinement.measurement import measured, saturating_increment
+
+_LONGEST_STRIDE = 2**24
+
+Fraction = Annotated[
+    float, Field(gt=0.0, lt=1.0, description="It is a fraction of what is allowed, such as 0.5.")
+]
+
+
+class ErrorControlledState(eqx.Module):
+    """Where both solves stand.
+
+    - `level`, `adjoint_level`: positions on the ladder of the primal and the adjoint
+        solve, int32.
+    - `rejected`: updates whose error or norm was not finite or negative, int32.
+    - `accepted`: whether the last hypergradient was accurate enough; false before the
+        first one.  A loop that must not step along a bad one looks here and computes it
+        again with the new fidelity.
+    - `stride`, `adjoint_stride`: levels that the next tightening takes, int32.
+    - `quiet`, `adjoint_quiet`: updates in a row with an error so small that it could be
+        coarser, int32.
+    """
+
+    level: Int[Array, ""]
+    rejected: Int[Array, ""]
+    adjoint_level: Int[Array, ""]
+    accepted: Bool[Array, ""]
+    stride: Int[Array, ""]
+    adjoint_stride: Int[Array, ""]
+    quiet: Int[Array, ""]
+    adjoint_quiet: Int[Array, ""]
+
+
+class ErrorControlled(eqx.Module):
+    """Keep the truncation error of the hypergradient below a part of its norm.
+
+    A hypergradient z with truncation error ω is accepted where ``ω <= (1 - eta) ‖z‖``:
+    then -z is a direction of descent, at an angle to the exact one of at most
+    ``arcsin(1 - eta)``.  Where it is not, the solve that is to blame is tightened: the
+    primal where its part of the error is above half of what is allowed, the adjoint
+    likewise, the larger one if neither is, and the other one where the one to blame
+    stands at the top already.  Each has a level of its own on the ladder.  Failures in
+    a row take growing strides, so that a start far too coarse costs few steps.
+
+    After `patience` accepted updates in a row in which a part of the error was below
+    `margin` of what is allowed, that solve is made coarser by one level.
+
+    An error or norm that is NaN, infinite or negative proves nothing about the
+    hypergradient, so it is treated as too large an error: it is not accepted, both
+    solves (or the one whose part is unusable) are tightened, and `state.rejected`
+    counts it.  To hold the level instead would freeze a controller that starts with so
+    few iterations that no error can be estimated from them.
+
+    **Arguments:**
+
+    - `ladder`: the fidelities, coarse to fine, with adjoint budgets.  The primal budget
+        is taken at one level, the adjoint budget at the other.
+    - `eta`: how far the error has to stay below the norm, in (0, 1).
+    - `patience`: accepted updates in a row before one level is given back, >= 1; `None`
+        never gives back.
+    - `margin`: part of what is allowed under which an error counts as needlessly small,
+        in (0, 1).  Best no larger than the ratio of the errors of neighbouring levels
+        (0.1 on a ladder of tolerances with factor 0.1), or the coarser level fails.
+    - `growth`: levels that each failure in a row takes, as a multiple of the one before,
+        >= 1; 1 takes one level each time.
+
+    **Raises:** `ValueError` for an argument out of range, a ladder without adjoint
+    budgets, or one whose static parts differ: those cannot come from two levels at once.
+
+    **Source:** after MAID, Salehi, Mukherjee, Roberts, Ehrhardt, An adaptively inexact
+    first-order method for bilevel optimization, 2024, arXiv 2308.10098, algorithms 3.1
+    and 3.2. MAID has one accuracy for each solve, halves both, and multiplies them by
+    little more than 1 at each success; its line search is not part of this.
+
+    >>> ladder = Ladder.tolerances(start=1e-1, factor=0.5, stop=1e-8)
+    >>> controller = ErrorControlled(ladder, eta=0.5)
+    >>> state = controller.init()
+    >>> state = controller.update(state, gradient_norm=1.0, error=0.8)
+    >>> bool(state.accepted), int(state.level)
+    (False, 1)
+    >>> state = controller.update(state, gradient_norm=1.0, error=0.4)
+    >>> bool(state.accepted), int(state.level)
+    (True, 1)
+    """
+
+    ladder: Ladder
+    eta: float = eqx.field(static=True)
+    patience: int | None = eqx.field(static=True)
+    margin: float = eqx.field(static=True)
+    growth: int = eqx.field(static=True)
+
+    requires: ClassVar[frozenset[str]] = frozenset({"gradient_norm", "error"})
+
+    @checked
+    def __init__(
+        self,
+        ladder: Annotated[Ladder, Field(description="Use for example Ladder.tolerances().")],
+        *,
+        eta: Fraction = 0.5,
+        patience: Annotated[
+            int | None,
+            Field(ge=1, le=2**30, description="Give a number of updates, or None for never."),
+        ] = 7,
+        margin: Fraction = 0.5,
+        growth: Annotated[
+            int, Field(ge=1, le=16, description="Give 1 for one level at a time, or 2 to double.")
+        ] = 2,
+    ):
+        if ladder.adjoint is None:
+            msg = (
+                "ErrorControlled: ladder should have adjoint budgets, for it moves them, got "
+                f"{ladder!r}. Use ladder.with_adjoint(ladder)."
+            )
+            raise ValueError(msg)
+        if not ladder.has_one_shape:
+            msg = (
+                "ErrorControlled: the static parts of ladder should be the same at every level, "
+                f"for primal and adjoint stand at different ones, got {ladder!r}. Use "
+                "ProgressiveRefinement, or a ladder of budgets alone."
+            )
+            raise ValueError(msg)
+        self.ladder = ladder
+        self.eta = eta
+        self.patience = patience
+        self.margin = margin
+        self.growth = growth
+
+    def init(self) -> ErrorControlledState:
+        """The state before the first hypergradient, both solves at the coarsest level."""
+        none = jnp.zeros((), jnp.int32)
+        one = jnp.ones((), jnp.int32)
+        return ErrorControlledState(
+            level=none,
+            rejected=none,
+            adjoint_level=none,
+            accepted=jnp.zeros((), bool),
+            stride=one,
+            adjoint_stride=one,
+            quiet=none,
+            adjoint_quiet=none,
+        )
+
+    def update(
+        self,
+        state: ErrorControlledState,
+        metric: Any = None,
+        *,
+        gradient_norm: Any = None,
+        error: Any = None,
+    ) -> ErrorControlledState:
+        """The state after one more hypergradient.
+
+        **Arguments:**
+
+        - `state`: the state before.
+        - `metric`: unused.
+        - `gradient_norm`: Euclidean norm of the hypergradient, a real scalar.
+        - `error`: its estimated truncation error, absolute: an object with `primal`,
+            `adjoint` and `total`, such as `result.error` of `bl.hypergradient`, or one
+            scalar, which then moves both solves together.
+
+        **Returns:** the new state, of the same structure, shapes and dtypes.
+
+        **Raises:** `TypeError` where either is missing or no real number, `ValueError` for
+        more than one number.
+        """
+        del metric
+        owner = "ErrorControlled.update"
+        for name, value in (("gradient_norm", gradient_norm), ("error", error)):
+            if value is None:
+                msg = (
+                    f"{owner}: {name} is missing. Pass gradient_norm= and error=, for example "
+                    f"from bl.hypergradient."
+                )
+                raise TypeError(msg)
+        norm = measured(owner, "gradient_norm", gradient_norm)
+        known = _usable(norm)
+        allowed = (1.0 - self.eta) * jnp.where(known, norm, 0)
+        if all(hasattr(error, part) for part in ("primal", "adjoint", "total")):
+            primal, adjoint, total = (
+                measured(owner, f"error.{part}", getattr(error, part))
+                for part in ("primal", "adjoint", "total")
+            )
+            share = 0.5 * allowed
+        else:
+            primal = adjoint = total = measured(owner, "error", error)
+            share = allowed
+
+        usable = known & _usable(primal) & _usable(adjoint) & _usable(total)
+        accepted = usable & (total <= allowed)
+        primal_blamed = ~(known & _usable(primal) & (primal <= share))
+        adjoint_blamed = ~(known & _usable(adjoint) & (adjoint <= share))
+        # Parts that each keep to their share may still not add up to an accepted total.
+        neither = ~primal_blamed & ~adjoint_blamed
+        primal_blamed |= neither & (primal >= adjoint)
+        adjoint_blamed |= neither & (adjoint >= primal)
+        top = len(self.ladder) - 1
+        primal_stuck = primal_blamed & (state.level >= top)
+        adjoint_stuck = adjoint_blamed & (state.adjoint_level >= top)
+
+        first = self._moved(
+            _Place(state.level, state.stride, state.quiet),
+            tighten=~accepted & (primal_blamed | adjoint_stuck),
+            small=accepted & (primal <= self.margin * share),
+        )
+        second = self._moved(
+            _Place(state.adjoint_level, state.adjoint_stride, state.adjoint_quiet),
+            tighten=~accepted & (adjoint_blamed | primal_stuck),
+            small=accepted & (adjoint <= self.margin * share),
+        )
+        return ErrorControlledState(
+            level=first.level,
+            rejected=jnp.where(usable, state.rejected, saturating_increment(state.rejected)),
+            adjoint_level=second.level,
+            accepted=accepted,
+            stride=first.stride,
+            adjoint_stride=second.stride,
+            quiet=first.quiet,
+            adjoint_quiet=second.quiet,
+        )
+
+    def fidelity(self, state: ErrorControlledState) -> Fidelity:
+        """The primal budget of one level, the adjoint budget of the other."""
+        return self.ladder.fidelity(state.level, adjoint_level=state.adjoint_level)
+
+    def _moved(self, place: "_Place", tighten: Bool[Array, ""], small: Bool[Array, ""]) -> "_Place":
+        top = len(self.ladder) - 1
+        up = jnp.minimum(place.stride, top - place.level)
+        quiet = jnp.where(small, saturating_increment(place.quiet), 0)
+        back = jnp.zeros((), bool) if self.patience is None else quiet >= self.patience
+        down = jnp.minimum(back.astype(jnp.int32), place.level)
+        # Strides beyond the ladder say nothing more, and must not grow out of int32.
+        longer = jnp.minimum(place.stride, min(top, _LONGEST_STRIDE) + 1) * self.growth
+        return _Place(
+            level=place.level + jnp.where(tighten, up, -down),
+            stride=jnp.where(tighten, longer, 1),
+            quiet=jnp.where(back, 0, quiet),
+        )
+
+
+class _Place(NamedTuple):
+    level: Int[Array, ""]
+    stride: Int[Array, ""]
+    quiet: Int[Array, ""]
+
+
+def _usable(value: Float[Array, ""]) -> Bool[Array, ""]:
+    return jnp.isfinite(value) & (value >= 0)

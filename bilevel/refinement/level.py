@@ -1,0 +1,49 @@
+"""Level: a position on a ladder."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Int
+
+
+def placed(
+    name: str, level: Int[Array, "..."] | int, count: int, *, concrete: bool
+) -> Int[Array, "..."] | int:
+    """A level as an int on the ladder, or as an int32 array inside it.
+
+    **Arguments:**
+
+    - `name`: of the argument, for the message.
+    - `level`: an int, or an integer array of any shape, traced or not.
+    - `count`: number of levels of the ladder.
+    - `concrete`: whether to wait for a concrete array and take the int it holds, rather
+        than to leave it on its device.
+
+    **Returns:** the level.
+
+    **Raises:** `IndexError` for an int off the ladder, `TypeError` for what is no level.
+
+    >>> placed("level", 3, count=5, concrete=True)
+    3
+    """
+    if not _is_whole(level):
+        msg = (
+            f"Ladder.fidelity: {name} should be an int or an integer array, got {level!r} of type "
+            f"{type(level).__name__}."
+        )
+        raise TypeError(msg)
+    if isinstance(level, int | np.integer):
+        if not 0 <= level < count:
+            msg = f"Ladder.fidelity: {name} should be from 0 to {count - 1}, got {level}."
+            raise IndexError(msg)
+        return int(level)
+    if concrete and not isinstance(level, Tracer) and not level.ndim:
+        return min(max(int(level), 0), count - 1)
+    return jnp.clip(jnp.asarray(level), 0, count - 1).astype(jnp.int32)
+
+
+def _is_whole(level: object) -> bool:
+    if isinstance(level, jax.Array | np.ndarray):
+        return jnp.issubdtype(level.dtype, jnp.integer)
+    return isinstance(level, int | np.integer) and not isinstance(level, bool)

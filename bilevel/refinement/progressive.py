@@ -1,0 +1,217 @@
+"""ProgressiveRefinement: refine where training has come to a stand."""
+
+from typing import Annotated, Any, ClassVar
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+from pydantic import Field
+
+from bilevel.refinement.arguments import checked
+from bilevel.refinement.fidelity import Fidelity
+from bilevel.refinement.ladder import Ladder
+from bilevel.refinement.measurement import measured, saturating_increment
+
+Threshold = Annotated[
+    float, Field(gt=0.0, le=1.0, description="It is a ratio of two metrics, such as 0.9.")
+]
+
+
+class ProgressiveState(eqx.Module):
+    """What the rule remembers.
+
+    - `level`: position on the ladder, int32.
+    - `rejected`: entries that were ignored, int32.
+    - `checkpoint`: smoothed metric at the last refinement.
+    - `smoothed`: the last `error_window` smoothed entries, a ring.
+    - `newest`: where in the ring the last one is, int32.
+    - `entries`: entries taken so far, int32; it stops counting at ``error_window + 1``,
+        from where on the rule is in force.
+    """
+
+    level: Int[Array, ""]
+    rejected: Int[Array, ""]
+    checkpoint: Float[Array, ""]
+    smoothed: Float[Array, " error_window"]
+    newest: Int[Array, ""]
+    entries: Int[Array, ""]
+
+
+class ProgressiveRefinement(eqx.Module):
+    """Refine by one level where the validation metric has come to a stand.
+
+    With the smoothed metric ē (an exponential moving average with weight
+    ``2 / (ema_window + 1)``, started at the first entry), after each entry:
+
+    1. with fewer than ``error_window + 1`` entries, the level is held;
+    2. while ``ē[-1] / ē[-error_window] <= stepping_threshold`` the metric still falls, and
+       the level is held;
+    3. otherwise, with ``r = ē[-1] / checkpoint``: where ``r < stopping_threshold`` (the
+       last refinement paid) or ``r > 1`` (it got worse since), the checkpoint becomes
+       ``ē[-1]`` and the level rises by one; else it is held, for refining has stopped
+       paying.
+
+    The level never falls, and the stop is not final.  The rule compares ratios, so the
+    metric has to be positive where it is better the smaller it is: an error, not a score.
+
+    An entry that is NaN, infinite or negative has no place in a ratio.  It is left out
+    of the average as if it had not come, the level is held, and `state.rejected` counts
+    it.
+
+    **Arguments:**
+
+    - `ladder`: the fidelities, coarse to fine.
+    - `stepping_threshold`: the metric stands still where it keeps more than this part of
+        itself over the window; dimensionless, in (0, 1].
+    - `stopping_threshold`: a refinement has paid where less than this part of the
+        checkpoint is left; dimensionless, in (0, 1].
+    - `ema_window`: window w of the average, in entries, >= 1; `None` takes the metric
+        unsmoothed.
+    - `error_window`: δ, in entries, >= 2.  ``ē[-1] / ē[-δ]`` spans δ - 1 steps.
+    - `checkpoint`: what the first standstill is compared with; positive, infinity allowed.
+        The published 100 lets it refine always, unless the metric is then between 90
+        and 100; infinity does for a metric of any size.
+
+    **Raises:** `ValueError` for an argument out of range.
+
+    **Source:** Bhatia, Koehler, Thuerey, PRDP: Progressively Refined Differentiable
+    Physics, ICLR 2025, arXiv 2502.19611; code in github.com/tum-pbs/PRDP.
+
+    >>> ladder = Ladder.iterations(start=25, step=10, stop=600)
+    >>> controller = ProgressiveRefinement(ladder, ema_window=None, error_window=2)
+    >>> state = controller.init()
+    >>> for metric in (1.0, 0.5, 0.499):
+    ...     state = controller.update(state, metric)
+    >>> int(controller.fidelity(state).budget.iterations)
+    35
+    """
+
+    ladder: Ladder
+    stepping_threshold: float = eqx.field(static=True)
+    stopping_threshold: float = eqx.field(static=True)
+    ema_window: float | None = eqx.field(static=True)
+    error_window: int = eqx.field(static=True)
+    checkpoint: float = eqx.field(static=True)
+
+    requires: ClassVar[frozenset[str]] = frozenset({"metric"})
+
+    @checked
+    def __init__(
+        self,
+        ladder: Annotated[Ladder, Field(description="Use for example Ladder.iterations().")],
+        *,
+        stepping_threshold: Threshold = 0.98,
+        stopping_threshold: Threshold = 0.9,
+        ema_window: Annotated[
+            float | None,
+            Field(
+                ge=1.0,
+                allow_inf_nan=False,
+                description="Give a number of entries, or None for none.",
+            ),
+        ] = 6,
+        error_window: Annotated[
+            int,
+            Field(ge=2, le=10**6, description="The ratio spans error_window - 1 steps, such as 2."),
+        ] = 3,
+        checkpoint: Annotated[
+            float, Field(gt=0.0, description="Give a positive metric, or math.inf.")
+        ] = 100.0,
+    ):
+        self.ladder = ladder
+        self.stepping_threshold = stepping_threshold
+        self.stopping_threshold = stopping_threshold
+        self.ema_window = ema_window
+        self.error_window = error_window
+        self.checkpoint = checkpoint
+
+    def init(self) -> ProgressiveState:
+        """The state before the first entry, at the coarsest level.
+
+        **Returns:** the state; its numbers have JAX's default float, which holds float32
+        metrics without loss.
+        """
+        none = jnp.zeros((), jnp.int32)
+        real = jnp.result_type(float)
+        return ProgressiveState(
+            level=none,
+            rejected=none,
+            checkpoint=jnp.asarray(self.checkpoint, real),
+            smoothed=jnp.zeros((self.error_window,), real),
+            newest=none,
+            entries=none,
+        )
+
+    def update(
+        self,
+        state: ProgressiveState,
+        metric: Any = None,
+        *,
+        gradient_norm: Any = None,
+        error: Any = None,
+    ) -> ProgressiveState:
+        """The state after one more entry; the published rule takes one an epoch.
+
+        **Arguments:**
+
+        - `state`: the state before.
+        - `metric`: validation metric, a real scalar of any library, traced or not,
+            smaller is better.  The first entry is the one before training.
+            float32 decides in float32, whatever the dtype of the state.
+        - `gradient_norm`, `error`: unused; the rule does not measure the solver.
+
+        **Returns:** the new state, of the same structure, shapes and dtypes.
+
+        **Raises:** `TypeError` for what is no real number, `ValueError` for more than one.
+        """
+        del gradient_norm, error
+        entry = measured("ProgressiveRefinement.update", "metric", metric)
+        kept = state.smoothed.dtype
+        dtype = entry.dtype if entry.dtype.itemsize < kept.itemsize else kept
+        usable = jnp.isfinite(entry) & (entry >= 0)
+        entry = jnp.where(usable, entry, 0).astype(dtype)
+        smoothed = state.smoothed.astype(dtype)
+        checkpoint = state.checkpoint.astype(dtype)
+
+        latest = self._average(entry, smoothed[state.newest], state.entries)
+        newest = (state.newest + 1) % self.error_window
+        smoothed = smoothed.at[newest].set(latest)
+        entries = jnp.minimum(state.entries + 1, self.error_window + 1)
+        # In a ring of error_window entries the oldest one follows the newest one.
+        oldest = smoothed[(newest + 1) % self.error_window]
+
+        standing = _ratio(latest, oldest) > self.stepping_threshold
+        left = _ratio(latest, checkpoint)
+        paid_or_worse = (left < self.stopping_threshold) | (left > 1)
+        refine = usable & (entries > self.error_window) & standing & paid_or_worse
+
+        last = len(self.ladder) - 1
+        return ProgressiveState(
+            level=jnp.minimum(state.level + refine.astype(jnp.int32), last),
+            rejected=jnp.where(usable, state.rejected, saturating_increment(state.rejected)),
+            checkpoint=jnp.where(refine, latest.astype(kept), state.checkpoint),
+            smoothed=jnp.where(usable, smoothed.astype(kept), state.smoothed),
+            newest=jnp.where(usable, newest, state.newest),
+            entries=jnp.where(usable, entries, state.entries),
+        )
+
+    def fidelity(self, state: ProgressiveState) -> Fidelity:
+        """The fidelity of the state's level."""
+        return self.ladder.fidelity(state.level)
+
+    def _average(
+        self, entry: Float[Array, ""], before: Float[Array, ""], entries: Int[Array, ""]
+    ) -> Float[Array, ""]:
+        if self.ema_window is None:
+            return entry
+        weight = 2.0 / (self.ema_window + 1.0)
+        # As an increment a metric that does not move leaves the average as it is, to the
+        # last bit; as a weighted sum it would wander, and rounding would look like change.
+        return jnp.where(entries == 0, entry, before + weight * (entry - before))
+
+
+def _ratio(numerator: Float[Array, ""], denominator: Float[Array, ""]) -> Float[Array, ""]:
+    """Numerator over denominator, both >= 0; 0 / 0 counts as 0: a metric that is zero falls."""
+    safe = jnp.where(denominator > 0, denominator, 1)
+    beyond = jnp.where(numerator > 0, jnp.inf, 0).astype(numerator.dtype)
+    return jnp.where(denominator > 0, numerator / safe, beyond)

@@ -1,0 +1,151 @@
+"""The inner-solver protocol: how one step is made, never when to stop."""
+
+import abc
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Int, PyTree
+
+from bilevel import vector
+from bilevel.bound import BoundProblem
+from bilevel.budget import Budget
+from bilevel.solution import Status
+
+
+class IncompatibleError(TypeError):
+    """A solver or estimator was paired with a problem it cannot work on.
+
+    Raised while tracing, before anything runs.
+    """
+
+
+class InnerSolver(eqx.Module):
+    """One iteration that drives the residual towards zero; subclass it for your own.
+
+    A solver never decides when to stop: the one loop does, from the residual and the
+    budget.  A state is any pytree of arrays of fixed shapes.  The shortest solver:
+
+    >>> import bilevel as bl
+    >>> class Damped(bl.InnerSolver):
+    ...     factor: float = 0.5
+    ...     def init(self, problem, x):
+    ...         return x
+    ...     def step(self, problem, state, residual):
+    ...         return state + self.factor * residual
+    >>> problem = bl.FixedPoint(lambda x, theta: 0.5 * x + theta)
+    >>> solution = bl.solve(problem, 1.0, 0.0, solver=Damped(), budget=bl.Budget(rtol=1e-5))
+    >>> round(float(solution.value), 3)
+    2.0
+
+    What a subclass may declare:
+
+    - `requires`: traits the problem must have, of "objective", "mapping", "operator",
+        "symmetric", "positive_definite", "diagonal", "proximal"; checked before anything runs.
+    - `instead`: what to use where `requires` is not met, for the message.
+    - `recursive`: the residual comes out of the solver's own recursion, and is confirmed
+        by a true one before anything is called converged.
+    - `stationary`: each step applies the same map, so that a residual that does not
+        shrink over many steps means divergence.
+    - `linear_adjoint`: it can solve the linear systems of an adjoint.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset()
+    instead: ClassVar[str] = "GMRES or NewtonKrylov"
+    recursive: ClassVar[bool] = False
+    stationary: ClassVar[bool] = False
+    linear_adjoint: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def init(self, problem: BoundProblem, x: PyTree) -> PyTree:
+        """The state at the start x."""
+
+    @abc.abstractmethod
+    def step(self, problem: BoundProblem, state: PyTree, residual: PyTree) -> PyTree:
+        """The next state, given the downhill residual at the state's point."""
+
+    def value(self, state: PyTree) -> PyTree:
+        """The iterate to return, like x."""
+        return getattr(state, "x", state)
+
+    def point(self, state: PyTree) -> PyTree:
+        """Where the residual is evaluated; the iterate itself unless extrapolated."""
+        return self.value(state)
+
+    def residual(self, problem: BoundProblem, state: PyTree) -> PyTree:
+        """The downhill residual at the state's point; recursive solvers return their own."""
+        return problem.residual(self.point(state))
+
+    def prepare(self, problem: BoundProblem, x: PyTree) -> BoundProblem:  # noqa: ARG002
+        """What is computed once before the loop, put into the problem (preconditioners)."""
+        return problem
+
+    def failure(self, state: PyTree) -> Int[Array, ""]:  # noqa: ARG002
+        """`Status.CONVERGED` while all is well, otherwise the status to stop with."""
+        return jnp.int32(Status.CONVERGED)
+
+    def applications(
+        self, state: PyTree, iterations: Int[Array, ""]  # noqa: ARG002
+    ) -> Int[Array, ""]:
+        """How often the residual or operator was applied in so many iterations."""
+        return iterations + 1
+
+    def default_budget(self, x0: PyTree) -> Budget:
+        """The budget where the user gives none: to within rounding, with a generous cap."""
+        return Budget(
+            iterations=int(min(max(10 * vector.size(x0), 100), 10_000)),
+            rtol=default_tolerance(x0),
+        )
+
+    def check(self, problem: BoundProblem) -> None:
+        """Refuse a problem that lacks what the solver requires.
+
+        **Raises:** `IncompatibleError` naming what is missing and what to use instead.
+        """
+        missing = sorted(name for name in self.requires if not has_trait(problem, name))
+        if missing:
+            reasons = "; ".join(_WHY[name] for name in missing)
+            msg = (
+                f"{type(self).__name__} cannot solve this {problem.name}: {reasons}. "
+                f"Use {self.instead} instead."
+            )
+            raise IncompatibleError(msg)
+
+
+def default_tolerance(x: PyTree) -> float:
+    """A relative tolerance that the dtype can reach: 4e-11 in float64, 2e-5 in float32."""
+    return vector.epsilon(x) ** (2 / 3)
+
+
+def has_trait(problem: BoundProblem, name: str) -> bool:
+    """Whether the problem has the trait, counting unknown symmetry of a linear system as yes.
+
+    A linear system whose symmetry nobody declared gets the benefit of the doubt: the
+    true residual tells in the end.
+    """
+    declared: Any
+    match name:
+        case "symmetric" | "positive_definite":
+            declared = getattr(problem, name)
+            return declared is True or (declared is None and problem.operator is not None)
+        case "diagonal":
+            return problem.operator is not None and problem.operator.diagonal is not None
+        case _:
+            return getattr(problem, name) is not None
+
+
+_WHY = {
+    "objective": "it needs an objective to minimise, and there is only a residual",
+    "mapping": "it needs a fixed-point mapping",
+    "operator": "it needs a linear system",
+    "symmetric": "its operator must be symmetric, and it is not declared so (symmetric=True)",
+    "positive_definite": (
+        "its operator must be symmetric positive definite, and it is not declared so "
+        "(positive_definite=True)"
+    ),
+    "diagonal": (
+        "it needs the operator's diagonal, and the operator has none (give a matrix, or an "
+        "operator object with a diagonal method)"
+    ),
+    "proximal": "it needs a CompositeMinimization, with a proximal operator",
+}

@@ -1,0 +1,92 @@
+"""A solver on a problem: the functions the loop calls."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from bilevel import vector
+from bilevel.bound import BoundProblem
+from bilevel.solver.base import InnerSolver
+
+
+class Iteration(eqx.Module):
+    """A solver on a problem at one θ and start, ready to be driven.
+
+    - `update`: (state, residual) -> next state.
+    - `residual`: state -> the residual the solver goes by.
+    - `true_residual`: state -> the residual at the state's value, evaluated anew.
+    - `restart`: state -> a fresh state at the same value.
+    - `scale`: the residual norm that relative tolerances refer to.
+    - `noise`: a residual norm that may be due to rounding alone.
+    """
+
+    solver: InnerSolver
+    update: Callable[..., Any]
+    residual: Callable[..., Any]
+    true_residual: Callable[..., Any]
+    restart: Callable[..., Any]
+    scale: Float[Array, ""]
+    noise: Float[Array, ""]
+
+    def full(self, state: PyTree, residual: PyTree) -> tuple[PyTree, PyTree]:
+        """One step, and the residual after it: nothing is evaluated twice."""
+        state = self.update(state, residual)
+        return state, self.residual(state)
+
+    def small(self, state: PyTree) -> PyTree:
+        """One step that evaluates its residual itself: what a plain unrolled loop does."""
+        return self.update(state, self.residual(state))
+
+    def confirms(self, state: PyTree) -> bool:
+        """Whether the residual the solver goes by may differ from the true one."""
+        return self.solver.recursive or self.solver.point(state) is not self.solver.value(state)
+
+
+def begin(
+    problem: BoundProblem, solver: InnerSolver, x0: PyTree
+) -> tuple[Iteration, PyTree, PyTree]:
+    """The iteration of a solver on a problem, with its first state and residual."""
+    state = solver.init(problem, x0)
+    residual = solver.residual(problem, state)
+    norm = vector.norm(residual)
+    scale = problem.reference(norm)
+    iteration = Iteration(
+        solver=solver,
+        update=lambda state, residual: solver.step(problem, state, residual),
+        residual=lambda state: solver.residual(problem, state),
+        true_residual=lambda state: problem.residual(solver.value(state)),
+        restart=lambda state: solver.init(problem, solver.value(state)),
+        scale=scale,
+        noise=_noise(problem, norm, scale, x0),
+    )
+    return iteration, state, residual
+
+
+def close_iteration(iteration: Iteration, state: PyTree, residual: PyTree) -> Iteration:
+    """The same iteration with every array that its functions use among its leaves."""
+    return Iteration(
+        solver=iteration.solver,
+        update=eqx.filter_closure_convert(iteration.update, state, residual),
+        residual=eqx.filter_closure_convert(iteration.residual, state),
+        true_residual=eqx.filter_closure_convert(iteration.true_residual, state),
+        restart=_no_restart,
+        scale=iteration.scale,
+        noise=iteration.noise,
+    )
+
+
+def _no_restart(state: PyTree) -> PyTree:
+    return state
+
+
+def _noise(problem: BoundProblem, norm: Array, scale: Array, x0: PyTree) -> Array:
+    reference = jnp.maximum(norm, scale)
+    if problem.mapping is not None:
+        reference = jnp.maximum(reference, vector.norm(x0))
+    elif problem.rhs is None:
+        # The rounding level of a gradient is unknown here: only clear growth counts.
+        return 4.0 * norm
+    return 1e3 * vector.epsilon(x0) * reference

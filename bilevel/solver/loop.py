@@ -1,0 +1,312 @@
+"""The one loop: every solver, to a traced budget, with every way of stopping."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from bilevel import vector
+from bilevel.bound import BoundProblem
+from bilevel.budget import Budget
+from bilevel.solution import Solution, Status
+from bilevel.solver.base import InnerSolver
+from bilevel.solver.iteration import Iteration, begin
+
+BLOW_UP = 1e8
+"""A residual this many times the start's counts as divergence: 27 doublings."""
+
+PATIENCE = 10
+"""Steps after which a stationary iteration that has not shrunk its residual diverges."""
+
+
+class Progress(eqx.Module):
+    """What the loop carries besides the solver's state.
+
+    `mark_count` and `mark_norm` are the iteration and residual norm at the last power of
+    two, so that the reduction rate over the second half of a solve needs no history.
+    """
+
+    count: Int[Array, ""]
+    norm: Float[Array, ""]
+    mark_count: Int[Array, ""]
+    mark_norm: Float[Array, ""]
+    history: Float[Array, " length"] | None
+
+
+class Limits(eqx.Module):
+    """When to stop, evaluated once before the loop."""
+
+    budget: Int[Array, ""]
+    iterations: Int[Array, ""]
+    minimum: Int[Array, ""]
+    tolerance: Float[Array, ""]
+    start: Float[Array, ""]
+    reference: Float[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorder:
+    """What a forward pass keeps for the backward one.
+
+    - `store`: initial buffers.
+    - `stride`: a checkpoint is taken before steps 0, stride, 2·stride, ...
+    - `checkpoint`: (store, index, state) -> store.
+    - `advance`: (store, count, state, residual) -> (store, state, residual), a step that
+        records something itself; `None` for the plain step.
+    """
+
+    store: PyTree
+    stride: int
+    checkpoint: Callable[[Any, Int[Array, ""], Any], Any]
+    advance: Callable[[Any, Int[Array, ""], Any, Any], tuple[Any, Any, Any]] | None = None
+
+
+def run(
+    problem: BoundProblem,
+    solver: InnerSolver,
+    x0: PyTree,
+    budget: Budget,
+    *,
+    minimum: int = 0,
+    history: int = 0,
+) -> Solution:
+    """Run a solver until its budget, its tolerance, or a failure stops it.
+
+    **Arguments:**
+
+    - `problem`: bound to its θ, and prepared by the solver.
+    - `minimum`: iterations done however good the start is, unless its residual is zero.
+    - `history`: length of the residual history to keep, static; 0 keeps none.
+    """
+    iteration, state, residual = begin(problem, solver, x0)
+    _, solution, _ = drive(
+        iteration, state, residual, budget, minimum=minimum, history=history, restarts=True
+    )
+    return solution
+
+
+def drive(
+    iteration: Iteration,
+    state: PyTree,
+    residual: PyTree,
+    budget: Budget,
+    *,
+    minimum: int = 0,
+    history: int = 0,
+    limit: int | None = None,
+    restarts: bool = False,
+    recorder: Recorder | None = None,
+) -> tuple[PyTree, Solution, PyTree]:
+    """Drive an iteration from a state; see [`run`][].
+
+    **Arguments:**
+
+    - `limit`: static cap besides the budget's traced one (room for checkpoints).
+    - `restarts`: restart a recursive residual from the true one, where they drifted apart.
+    - `recorder`: what to keep for a backward pass.
+
+    **Returns:** the final state, the solution, and the recorder's store.
+    """
+    solver = iteration.solver
+    norm = vector.norm(residual)
+    limits = _limits(iteration, budget, norm, vector.epsilon(residual), minimum, limit)
+    progress = Progress(
+        count=jnp.int32(0),
+        norm=norm,
+        mark_count=jnp.int32(0),
+        mark_norm=norm,
+        history=_start_history(history, norm),
+    )
+    # A recursive residual is part of the state already: carrying it too would copy it.
+    recording = recorder is not None and recorder.advance is not None
+    carried = None if solver.recursive and not recording else residual
+    store = None if recorder is None else recorder.store
+    sweep = _sweep(iteration, limits, recorder)
+    state, _, progress, store = sweep(state, carried, progress, store)
+    applications = jnp.asarray(solver.applications(state, progress.count), jnp.int32)
+    true_norm = progress.norm
+    if iteration.confirms(state):
+        true_norm = vector.norm(iteration.true_residual(state))
+        applications = applications + 1
+        if restarts and recorder is None:
+            state, progress, true_norm, applications = _confirm(
+                iteration, sweep, (state, progress, true_norm, applications), limits
+            )
+    solution = Solution(
+        value=solver.value(state),
+        status=_status(iteration, state, progress, limits, true_norm),
+        residual_norm=true_norm,
+        iterations=progress.count,
+        tolerance=limits.tolerance,
+        rate=_rate(progress),
+        applications=applications,
+        history=progress.history,
+    )
+    return state, solution, store
+
+
+def _sweep(iteration: Iteration, limits: Limits, recorder: Recorder | None) -> Callable[..., Any]:
+    """The loop itself: (state, carried residual, progress, store) -> the same at its end."""
+    solver = iteration.solver
+
+    def plain_step(store: Any, count: Array, state: Any, residual: Any) -> tuple[Any, Any, Any]:
+        del count
+        return store, *iteration.full(state, residual)
+
+    step = plain_step if recorder is None or recorder.advance is None else recorder.advance
+
+    def active(carry: Any) -> Array:
+        state, _, progress, _ = carry
+        unfinished = (progress.norm > limits.tolerance) | (
+            (progress.count < limits.minimum) & (progress.norm > 0)
+        )
+        return (
+            unfinished
+            & (progress.count < limits.iterations)
+            & (progress.norm <= BLOW_UP * limits.reference)  # false for NaN, too
+            & (solver.failure(state) == Status.CONVERGED)
+        )
+
+    def body(carry: Any) -> Any:
+        state, carried, progress, store = carry
+        residual = iteration.residual(state) if carried is None else carried
+        store, state, residual = step(store, progress.count, state, residual)
+        progress = _advance(progress, vector.norm(residual))
+        return state, None if carried is None else residual, progress, store
+
+    def sweep(state: Any, carried: Any, progress: Progress, store: Any) -> Any:
+        carry = (state, carried, progress, store)
+        if recorder is None:
+            return jax.lax.while_loop(active, body, carry)
+        stride, checkpoint = recorder.stride, recorder.checkpoint
+
+        def segment(carry: Any) -> Any:
+            state, carried, progress, store = carry
+            index = progress.count // stride
+            store = checkpoint(store, index, state)
+            return jax.lax.while_loop(
+                lambda carry: active(carry) & (carry[2].count < (index + 1) * stride),
+                body,
+                (state, carried, progress, store),
+            )
+
+        return jax.lax.while_loop(active, segment, carry)
+
+    return sweep
+
+
+def _limits(
+    iteration: Iteration,
+    budget: Budget,
+    norm: Array,
+    epsilon: float,
+    minimum: int,
+    limit: int | None,
+) -> Limits:
+    dtype = norm.dtype
+    scale = iteration.scale
+    # Nobody can ask for less than rounding leaves; an iteration pushed past it decays.
+    tolerance = jnp.maximum(
+        jnp.maximum(jnp.asarray(budget.rtol, dtype) * scale, jnp.asarray(budget.atol, dtype)),
+        epsilon * scale,
+    )
+    iterations = jnp.asarray(budget.iterations, jnp.int32)
+    return Limits(
+        budget=iterations,
+        iterations=iterations if limit is None else jnp.minimum(iterations, limit),
+        minimum=jnp.int32(minimum),
+        tolerance=tolerance,
+        start=norm,
+        reference=jnp.maximum(norm, scale),
+    )
+
+
+def _advance(progress: Progress, norm: Array) -> Progress:
+    count = progress.count + 1
+    # The mark moves from count c to 2c: c, c+1, ..., 2c are measured against c.
+    moves = progress.count >= 2 * jnp.maximum(progress.mark_count, 1)
+    history = progress.history
+    if history is not None:
+        history = history.at[count].set(norm.astype(history.dtype), mode="drop")
+    return Progress(
+        count=count,
+        norm=norm,
+        mark_count=jnp.where(moves, progress.count, progress.mark_count),
+        mark_norm=jnp.where(moves, progress.norm, progress.mark_norm),
+        history=history,
+    )
+
+
+def _start_history(length: int, norm: Array) -> Array | None:
+    if length == 0:
+        return None
+    return jnp.full((length,), jnp.nan, norm.dtype).at[0].set(norm)
+
+
+def _confirm(iteration: Iteration, sweep: Callable[..., Any], carry: Any, limits: Limits) -> Any:
+    """Go on from the true residual while that helps and the budget lasts."""
+    solver = iteration.solver
+
+    def again(carry: Any) -> Any:
+        state, progress, true_norm, applications, _ = carry
+        before = progress.count
+        progress = eqx.tree_at(lambda p: p.norm, progress, true_norm)
+        state = iteration.restart(state)
+        carried = None if solver.recursive else iteration.residual(state)
+        state, _, progress, _ = sweep(state, carried, progress, None)
+        new_norm = vector.norm(iteration.true_residual(state))
+        applications = applications + solver.applications(state, progress.count - before) + 1
+        return state, progress, new_norm, applications, new_norm < 0.5 * true_norm
+
+    def worthwhile(carry: Any) -> Array:
+        state, progress, true_norm, _, improved = carry
+        return (
+            improved
+            & (true_norm > limits.tolerance)
+            & (progress.norm <= limits.tolerance)
+            & (progress.count < limits.iterations)
+            & (solver.failure(state) == Status.CONVERGED)
+        )
+
+    *carry, _ = jax.lax.while_loop(worthwhile, again, (*carry, jnp.array(True)))  # noqa: FBT003
+    return carry
+
+
+def _rate(progress: Progress) -> Array:
+    steps = progress.count - progress.mark_count
+    exponent = 1.0 / jnp.maximum(steps, 1).astype(progress.norm.dtype)
+    ratio = progress.norm / progress.mark_norm
+    return jnp.where((steps > 0) & (progress.mark_norm > 0), ratio**exponent, jnp.nan)
+
+
+def _status(
+    iteration: Iteration, state: PyTree, progress: Progress, limits: Limits, true_norm: Array
+) -> Array:
+    def code(status: Status) -> Array:
+        return jnp.int32(status)
+
+    failure = iteration.solver.failure(state)
+    # The recursion says converged, the truth does not: rounding may explain a little of it.
+    level = jnp.sqrt(jnp.finfo(true_norm.dtype).eps) * limits.reference
+    result = jnp.where(true_norm > level, code(Status.BREAKDOWN), code(Status.ROUNDING))
+    at_limit = progress.count >= limits.iterations
+    result = jnp.where(at_limit, code(Status.UNROLL_LIMIT), result)
+    result = jnp.where(progress.count >= limits.budget, code(Status.BUDGET), result)
+    ceiling = BLOW_UP * limits.reference
+    diverged = (true_norm > ceiling) | (progress.norm > ceiling)
+    if iteration.solver.stationary:
+        diverged = diverged | (
+            (progress.count >= PATIENCE)
+            & (progress.norm >= limits.start)
+            & (progress.norm > iteration.noise)
+            & (_rate(progress) >= 1.0)
+        )
+    result = jnp.where(diverged, code(Status.DIVERGED), result)
+    result = jnp.where(failure != Status.CONVERGED, failure, result)
+    result = jnp.where(true_norm <= limits.tolerance, code(Status.CONVERGED), result)
+    finite = jnp.isfinite(true_norm) & jnp.isfinite(progress.norm)
+    return jnp.where(finite, result, code(Status.NONFINITE))

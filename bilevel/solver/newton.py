@@ -1,0 +1,140 @@
+"""Newton's method, with a dense factorisation or a Krylov solver inside."""
+
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from bilevel import vector
+from bilevel.bound import BoundProblem
+from bilevel.budget import Budget
+from bilevel.operator import LinearOperator
+from bilevel.solver.base import IncompatibleError, InnerSolver
+from bilevel.solver.linear import solve_linear
+from bilevel.solver.parameter import whole
+
+SUFFICIENT = 1e-4
+"""Share of the predicted decrease that a damped step must bring (Armijo's constant)."""
+
+
+class NewtonState(eqx.Module):
+    """Iterate, the true residual there, and how often the residual was evaluated."""
+
+    x: PyTree
+    residual: PyTree
+    evaluations: Int[Array, ""]
+
+
+class Newton(InnerSolver):
+    """Damped Newton iteration; with a Krylov solver inside, Newton–Krylov.
+
+    Each step solves N δ = r with N the Hessian or Jacobian, and halves δ until the
+    objective (or the residual norm where there is none) decreases enough.  N is never
+    formed unless `linear` is `Direct`.  Unrolling differentiates the linear solves
+    implicitly and takes the step length as constant.
+
+    **Arguments:**
+
+    - `linear`: any linear solver; `None` picks one by size and symmetry.
+    - `linear_budget`: its budget; by default a relative residual of 1e-4.
+    - `halvings`: most halvings of one step; 0 takes full steps always.
+
+    >>> import bilevel as bl
+    >>> problem = bl.RootFinding(lambda x, theta: x**2 - theta)
+    >>> solution = bl.solve(problem, 9.0, 2.0, solver=bl.Newton(), budget=bl.Budget(rtol=1e-5))
+    >>> round(float(solution.value), 4), int(solution.iterations) <= 5
+    (3.0, True)
+    """
+
+    linear: InnerSolver | None = None
+    linear_budget: Budget | None = None
+    halvings: int = eqx.field(static=True, default=10)
+
+    def __check_init__(self) -> None:
+        """Refuse a solver that cannot solve linear systems."""
+        whole("Newton", "halvings", self.halvings, low=0)
+        if self.linear is not None and not self.linear.linear_adjoint:
+            msg = (
+                f"Newton: linear={type(self.linear).__name__} does not solve linear systems. Use "
+                "ConjugateGradient, MINRES, GMRES or Direct."
+            )
+            raise IncompatibleError(msg)
+
+    def init(self, problem: BoundProblem, x: PyTree) -> NewtonState:
+        """Evaluate the residual once."""
+        return NewtonState(x, problem.residual(x), jnp.int32(1))
+
+    def step(self, problem: BoundProblem, state: NewtonState, residual: PyTree) -> NewtonState:
+        """Solve for the correction and damp it."""
+        # Imported late: the default solvers include this one.
+        from bilevel.solver.default import default_linear_solver  # noqa: PLC0415
+
+        linear = self.linear or default_linear_solver(problem, state.x)
+        budget = self.linear_budget
+        if budget is None:
+            cap = linear.default_budget(state.x).iterations
+            budget = Budget(iterations=cap, rtol=1e-4)
+        operator = problem.linearize(state.x)
+        correction = linear_correction(operator, residual, linear, budget)
+        length, tried = self._length(problem, state.x, residual, correction)
+        x = vector.add_scaled(state.x, length, correction)
+        return NewtonState(x, problem.residual(x), state.evaluations + 1 + tried)
+
+    def residual(self, problem: BoundProblem, state: NewtonState) -> PyTree:
+        """The residual evaluated at the end of the step."""
+        del problem
+        return state.residual
+
+    def applications(self, state: NewtonState, iterations: Int[Array, ""]) -> Int[Array, ""]:
+        """Residual evaluations; the linear solver's own work is its own."""
+        del iterations
+        return state.evaluations
+
+    def _length(
+        self, problem: BoundProblem, x: PyTree, residual: PyTree, correction: PyTree
+    ) -> tuple[Float[Array, ""], Int[Array, ""]]:
+        norm = vector.norm(residual)
+        if self.halvings == 0:
+            return jnp.ones_like(norm), jnp.int32(0)
+        x, residual, correction = jax.lax.stop_gradient((x, residual, correction))
+        slope = vector.dot(residual, correction)
+        objective = problem.objective
+        value = None if objective is None else jax.lax.stop_gradient(objective(x))
+
+        def enough(length: Array) -> Array:
+            trial = vector.add_scaled(x, length, correction)
+            if objective is None or value is None:
+                return vector.norm(problem.residual(trial)) <= (1 - SUFFICIENT * length) * norm
+            # Near the solution the decrease drowns in rounding: then any step will do.
+            slack = 10 * jnp.finfo(value.dtype).eps * jnp.abs(value)
+            return objective(trial) <= value - SUFFICIENT * length * slope + slack
+
+        def halve(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            length, tried = carry
+            return 0.5 * length, tried + 1
+
+        def goes_on(carry: tuple[Array, Array]) -> Array:
+            length, tried = carry
+            return (tried < self.halvings) & ~enough(length)
+
+        length, tried = jax.lax.while_loop(goes_on, halve, (jnp.ones_like(norm), jnp.int32(0)))
+        return jax.lax.stop_gradient(length), tried + 1
+
+
+def linear_correction(
+    operator: LinearOperator, residual: PyTree, solver: InnerSolver, budget: Budget
+) -> Any:
+    """N⁻¹ r to a budget, differentiable in both as the exact inverse is."""
+
+    def forward(_: Any, rhs: Any) -> Any:
+        return solve_linear(operator, rhs, solver, budget)[0].value
+
+    def backward(_: Any, rhs: Any) -> Any:
+        transposed = operator.transposed(rhs)
+        return solve_linear(transposed, rhs, solver, budget)[0].value
+
+    return jax.lax.custom_linear_solve(
+        operator.matvec, residual, forward, transpose_solve=backward
+    )

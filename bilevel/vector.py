@@ -1,0 +1,107 @@
+"""Pytrees as elements of a real or complex vector space."""
+
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+V = TypeVar("V")
+"""A pytree of inexact arrays."""
+
+
+def add(x: V, y: V) -> V:
+    """x + y."""
+    return jax.tree.map(jnp.add, x, y)
+
+
+def subtract(x: V, y: V) -> V:
+    """x - y."""
+    return jax.tree.map(jnp.subtract, x, y)
+
+
+def negative(x: V) -> V:
+    """-x."""
+    return jax.tree.map(jnp.negative, x)
+
+
+def scale(factor: Array | float, x: V) -> V:
+    """factor * x, in the dtypes of x."""
+    return jax.tree.map(lambda leaf: _cast(factor, leaf) * leaf, x)
+
+
+def add_scaled(x: V, factor: Array | float, y: V) -> V:
+    """x + factor * y, in the dtypes of x."""
+    return jax.tree.map(lambda a, b: a + _cast(factor, a) * b, x, y)
+
+
+def zeros_like(x: V) -> V:
+    """The zero vector of the space of x."""
+    return jax.tree.map(jnp.zeros_like, x)
+
+
+def conjugate(x: V) -> V:
+    """The complex conjugate; x itself where it is real."""
+    return jax.tree.map(lambda leaf: leaf.conj() if jnp.iscomplexobj(leaf) else leaf, x)
+
+
+def where(condition: Array, x: V, y: V) -> V:
+    """x where the scalar condition holds, y elsewhere."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)
+
+
+def dot(x: PyTree, y: PyTree) -> Array:
+    """Re⟨x, y⟩, the inner product of the space seen as a real one."""
+    return _sum(
+        jnp.vdot(a, b).real if jnp.iscomplexobj(a) or jnp.iscomplexobj(b) else jnp.vdot(a, b)
+        for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
+    )
+
+
+def complex_dot(x: PyTree, y: PyTree) -> Array:
+    """⟨x, y⟩ with x conjugated."""
+    return _sum(
+        jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
+    )
+
+
+def norm(x: PyTree) -> Float[Array, ""]:
+    """Euclidean norm over all leaves.
+
+    A norm below the square root of the smallest normal number counts as zero, as its
+    square cannot be represented.
+    """
+    return jnp.sqrt(dot(x, x))
+
+
+def size(x: PyTree) -> int:
+    """Number of entries, a Python integer known while tracing."""
+    return sum(leaf.size for leaf in jax.tree.leaves(x))
+
+
+def real_dtype(x: PyTree) -> jnp.dtype:
+    """The widest real dtype among the leaves: float32 for complex64."""
+    leaves = jax.tree.leaves(x)
+    if not leaves:
+        return jnp.dtype(jnp.result_type(float))
+    return jnp.finfo(jnp.result_type(*leaves)).dtype
+
+
+def epsilon(x: PyTree) -> float:
+    """The distance from 1 to the next number of the coarsest dtype among the leaves."""
+    leaves = jax.tree.leaves(x)
+    return max((float(jnp.finfo(leaf.dtype).eps) for leaf in leaves), default=0.0)
+
+
+def _cast(factor: Array | float, leaf: Array) -> Array:
+    factor = jnp.asarray(factor)
+    if jnp.iscomplexobj(factor):
+        return factor.astype(jnp.result_type(leaf.dtype, jnp.complex64))
+    return factor.astype(jnp.finfo(leaf.dtype).dtype)
+
+
+def _sum(terms: "object") -> Array:
+    total: Array | None = None
+    for term in terms:  # pyright: ignore[reportGeneralTypeIssues]
+        total = term if total is None else total + term
+    return jnp.zeros(()) if total is None else total

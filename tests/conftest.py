@@ -1,0 +1,35 @@
+"""Set-up for all tests: double precision by default, repeatable examples."""
+
+import os
+
+import jax
+import pytest
+from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+# Tests compare against analytic values to 1e-12; single precision is asked for by dtype.
+jax.config.update("jax_enable_x64", True)
+# A cache shared between runs would hide what compiles, and tests count compilations.
+jax.config.update("jax_enable_compilation_cache", False)
+
+# An example may compile, so time says nothing about it, and few examples must do.
+settings.register_profile(
+    "local",
+    deadline=None,
+    max_examples=15,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile("ci", parent=settings.get_profile("local"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_report_header() -> str:
+    """What the numbers depend on."""
+    return f"jax {jax.__version__}, {jax.default_backend()}, double precision by default"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs an accelerator where there is none."""
+    if item.get_closest_marker("gpu") and jax.default_backend() == "cpu":
+        pytest.skip("JAX finds no accelerator")
