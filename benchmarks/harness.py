@@ -115,36 +115,58 @@ def peak_growth(build: Callable[..., Callable[[], Any]], *arguments: Any) -> int
 
     **Returns:** the growth of the high-water mark in bytes, by the page.
     """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(
-        target=_watch, args=(sender, build, arguments, jax.config.read("jax_enable_x64"))
-    )
-    process.start()
-    sender.close()
-    try:
-        return int(receiver.recv())
-    except EOFError:
-        msg = f"peak_growth: the process running {build.__name__} ended without an answer."
-        raise RuntimeError(msg) from None
-    finally:
-        process.join()
+    return apart(_watch, build, arguments)
 
 
-def _watch(
-    sender: Connection,
-    build: Callable[..., Callable[[], Any]],
-    arguments: Sequence[Any],
-    wide: bool,
-) -> None:
-    jax.config.update("jax_enable_x64", wide)
+def _watch(build: Callable[..., Callable[[], Any]], arguments: Sequence[Any]) -> int:
     run = build(*arguments)
     gc.collect()
     # Writing 5 resets the high-water mark to the present size (proc(5)).
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before = _high_water_bytes()
     jax.block_until_ready(run())
-    sender.send(_high_water_bytes() - before)
+    return _high_water_bytes() - before
+
+
+def apart(function: Callable[..., Any], *arguments: Any, flags: str | None = None) -> Any:
+    """What a function of a module returns in a fresh process.
+
+    **Arguments:**
+
+    - `arguments`: to be pickled, as the result is.
+    - `flags`: `XLA_FLAGS` of that process.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(
+        target=_answer,
+        args=(sender, function, arguments, jax.config.read("jax_enable_x64")),
+    )
+    before = os.environ.get("XLA_FLAGS")
+    if flags is not None:
+        os.environ["XLA_FLAGS"] = flags
+    try:
+        process.start()
+    finally:
+        if before is not None:
+            os.environ["XLA_FLAGS"] = before
+        elif flags is not None:
+            del os.environ["XLA_FLAGS"]
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        msg = f"apart: the process running {function.__name__} ended without an answer."
+        raise RuntimeError(msg) from None
+    finally:
+        process.join()
+
+
+def _answer(
+    sender: Connection, function: Callable[..., Any], arguments: Sequence[Any], wide: bool
+) -> None:
+    jax.config.update("jax_enable_x64", wide)
+    sender.send(function(*arguments))
     sender.close()
 
 

@@ -23,6 +23,7 @@ class BoundProblem:
     - `objective`, `mapping`, `operator`, `rhs`, `proximal`: what the kind has besides;
         `None` where it has none.
     - `symmetric`, `positive_definite`: of which kind N is; `None` for unknown.
+    - `matrix_free`: whether no default may make the operator dense.
     - `precondition`: v -> M⁻¹ v, set by solvers that were given a preconditioner.
     """
 
@@ -35,6 +36,7 @@ class BoundProblem:
     proximal: Any | None = None
     symmetric: bool | None = None
     positive_definite: bool | None = None
+    matrix_free: bool = False
     precondition: Callable[[Any], Any] | None = None
 
     def linearize(self, x: PyTree) -> LinearOperator:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from bilevel.affine import as_linear
 from bilevel.budget import Budget
 from bilevel.compilation import compiled
 from bilevel.estimator.base import Estimator, Record, Setting
@@ -175,13 +176,15 @@ def complete(setting: Setting) -> Setting:
     bound = setting.problem.at(setting.theta)
     check_residual(bound.name, jax.eval_shape(bound.residual, setting.x0), setting.x0)
     solver = setting.solver
+    problem = as_linear(setting.problem, setting.theta, setting.x0, solver)
+    bound = problem.at(setting.theta)
     if solver is None:  # pyright: ignore[reportUnnecessaryComparison]
         solver = default_solver(bound, setting.x0)
     budget = setting.budget
     if budget is None:  # pyright: ignore[reportUnnecessaryComparison]
         budget = solver.default_budget(setting.x0)
     return Setting(
-        setting.problem,
+        problem,
         setting.theta,
         setting.x0,
         solver,

@@ -233,6 +233,7 @@ class LinearSystem(InnerProblem):
             rhs=rhs,
             symmetric=operator.symmetric,
             positive_definite=operator.positive_definite,
+            matrix_free=operator.matrix is None,
         )
 
 

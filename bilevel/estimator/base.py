@@ -2,13 +2,14 @@
 
 import abc
 import dataclasses
-from typing import Self
+from typing import ClassVar, Self
 
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from bilevel import vector
+from bilevel.bound import BoundProblem
 from bilevel.budget import Budget
 from bilevel.probe import Probe
 from bilevel.problem import InnerProblem
@@ -40,7 +41,22 @@ class Estimator(eqx.Module):
     An estimator defines one thing: `solve`, the inner solve as a differentiable function
     of θ (and of whatever the problem captured).  `bl.solve` and `bl.hypergradient` are
     both made of it, so their numbers agree by construction.
+
+    - `solves_adjoint`: whether an adjoint equation is solved, so that there is a λ; the
+        others differentiate the iteration itself.
+    - `forward_only`: whether only forward mode works.
     """
+
+    solves_adjoint: ClassVar[bool] = True
+
+    @property
+    def forward_only(self) -> bool:
+        """Whether only forward-mode differentiation works."""
+        return False
+
+    def correction_solver(self, problem: BoundProblem, x: PyTree) -> InnerSolver | None:  # noqa: ARG002
+        """The linear solver that error estimates should use, `None` for a Krylov solver."""
+        return None
 
     @abc.abstractmethod
     def solve(self, setting: Setting, record: "Record") -> Solution:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from bilevel import vector
+from bilevel.bound import BoundProblem
 from bilevel.budget import Budget
 from bilevel.closed import close, stopped
 from bilevel.estimator.base import Estimator, Record, Setting
@@ -50,6 +51,11 @@ class Implicit(Estimator):
     def __check_init__(self) -> None:
         """Refuse what cannot solve a linear system."""
         require_linear(self.solver, "Implicit")
+
+    def correction_solver(self, problem: BoundProblem, x: PyTree) -> InnerSolver | None:
+        """The adjoint's own solver, preconditioner and factors included, unless it is slow."""
+        solver = default_linear_solver(problem, x) if self.solver is None else self.solver
+        return None if solver.stationary else solver
 
     def solve(self, setting: Setting, record: Record) -> Solution:
         """The inner solve with the derivative of its solution."""

@@ -1,6 +1,6 @@
 """Unrolling: the derivative of the truncated computation itself."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -57,6 +57,8 @@ class Unrolled(Estimator):
     0.75
     """
 
+    solves_adjoint: ClassVar[bool] = False
+
     last: int | None = eqx.field(static=True, default=None)
     max_iterations: int = eqx.field(static=True, default=1024)
     store: str = eqx.field(static=True, default="checkpoints")
@@ -78,6 +80,11 @@ class Unrolled(Estimator):
             )
             raise ValueError(msg)
 
+    @property
+    def forward_only(self) -> bool:
+        """Whether the mode is "forward"."""
+        return self.mode == "forward"
+
     def solve(self, setting: Setting, record: Record) -> Solution:
         """The inner solve with the derivative of its iteration."""
         solver, budget, history = setting.solver, setting.budget, setting.history
@@ -89,18 +96,16 @@ class Unrolled(Estimator):
             final, solution, _ = drive(iteration, state, residual, budget, history=history)
         else:
             closed = close_iteration(iteration, state, residual)
-            # What comes in here at zero is the state that truncation takes as constant.
-            tail = vector.zeros_like(setting.x0)
             differentiable = _reverse(self, history)
-            final, solution = differentiable(closed, state, residual, budget, tail, record)
+            final, solution = differentiable(closed, state, residual, budget, record)
         return eqx.tree_at(lambda s: s.value, stopped(solution), solver.value(final))
 
 
 def _reverse(options: Unrolled, history: int) -> Any:
     """The whole iteration as one function with a derivative of its own.
 
-    Its arguments are (iteration, state, residual, budget, tail, record) and its results
-    the final state, which carries the derivative, and the solution.
+    Its arguments are (iteration, state, residual, budget, record) and its results the final
+    state, which carries the derivative, and the solution.
     """
     plan = layout(options.max_iterations, options.checkpoints)
 
@@ -108,10 +113,8 @@ def _reverse(options: Unrolled, history: int) -> Any:
         arrays, static = eqx.partition(iteration, eqx.is_array)
 
         @jax.custom_vjp
-        def solve(
-            arrays: Any, state: Any, residual: Any, budget: Any, tail: Any, record: Any
-        ) -> Any:
-            del tail, record
+        def solve(arrays: Any, state: Any, residual: Any, budget: Any, record: Any) -> Any:
+            del record
             iteration = eqx.combine(arrays, static)
             final, solution, _ = drive(
                 iteration, state, residual, budget, history=history, limit=plan.cap
@@ -119,7 +122,7 @@ def _reverse(options: Unrolled, history: int) -> Any:
             return final, solution
 
         def forward(arrays: Any, *rest: Any) -> Any:
-            values, state, residual, budget, tail, record = jax.tree.map(
+            values, state, residual, budget, record = jax.tree.map(
                 lambda leaf: leaf.value, (arrays, *rest), is_leaf=_is_marked
             )
             perturbed = jax.tree.map(
@@ -139,11 +142,11 @@ def _reverse(options: Unrolled, history: int) -> Any:
                 recorder=recorder,
             )
             shapes = jax.eval_shape(lambda state: state, state)
-            kept = (values, store, solution, tail, record, _Static((perturbed, shapes)))
+            kept = (values, store, solution, record, _Static((perturbed, shapes)))
             return (final, solution), kept
 
         def pull(kept: Any, cotangents: Any) -> Any:
-            values, store, solution, tail, record, flags = kept
+            values, store, solution, record, flags = kept
             perturbed, shapes = flags.value
             cotangent = jax.tree.map(_dense, cotangents[0], is_leaf=_is_symbolic_zero)
             iteration = eqx.combine(values, static)
@@ -158,13 +161,12 @@ def _reverse(options: Unrolled, history: int) -> Any:
             whole_way = stop == 0
             none = jax.tree.map(jnp.zeros_like, (of_state, of_residual))
             of_state, of_residual = vector.where(whole_way, (of_state, of_residual), none)
-            of_tail = vector.where(whole_way, vector.zeros_like(tail), start)
             applied = jnp.asarray(
                 iteration.solver.applications(of_state, count - stop), jnp.int32
             )
-            adjoint = no_adjoint(tail, applied)
+            adjoint = no_adjoint(start, applied)
             record = record.filled(solution, adjoint, start)
-            return of_arrays, of_state, of_residual, None, of_tail, record
+            return of_arrays, of_state, of_residual, None, record
 
         solve.defvjp(forward, pull, symbolic_zeros=True)
         return solve(arrays, *jax.tree.map(jnp.asarray, rest))

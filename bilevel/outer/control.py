@@ -35,13 +35,14 @@ class Control:
     **Arguments:**
 
     - `controller`: pure and traceable.
+    - `measures_metric`: whether there is a metric before training.
     - `measures_error`: whether the task estimates the error of its gradients.
 
     **Raises:** `TypeError` for a controller that needs what the task does not measure.
     """
 
-    def __init__(self, controller: Any, *, measures_error: bool):
-        requires: frozenset[str] = frozenset(getattr(controller, "requires", ()))
+    def __init__(self, controller: Any, *, measures_metric: bool, measures_error: bool):
+        requires: frozenset[str] = frozenset(getattr(controller, "requires", {"metric"}))
         if "error" in requires and not measures_error:
             msg = (
                 f"optimize: {type(controller).__name__} needs the truncation error of the "
@@ -50,16 +51,25 @@ class Control:
             )
             raise TypeError(msg)
         self._controller = controller
-        # What the rule reads of a gradient is not known before the first one.
-        self._starts_with_metric = requires.isdisjoint({"gradient_norm", "error"}) and (
-            "metric" in requires or not hasattr(controller, "requires")
-        )
         self._measures_error = measures_error
-        self._start = Executable(self._traced_start)
-        self._advance = Executable(self._traced_advance)
-        self._traceable = True
+        # A rule that reads the metric gets the one before training; one that reads the
+        # gradient has nothing to read yet, and one that counts has nothing to count.
+        self._takes_first = measures_metric and requires == frozenset({"metric"})
+        self._template = jax.eval_shape(controller.init)
+        self._traceable = _is_traceable(controller, self._template)
+        self._step = Executable(self._traced_step)
         self.state: PyTree = None
         self.fidelity: Fidelity
+
+    @property
+    def compilations(self) -> int:
+        """Of the controller, so far."""
+        return self._step.count
+
+    @property
+    def compile_seconds(self) -> float:
+        """Wall time of these compilations."""
+        return self._step.seconds
 
     @property
     def rejected(self) -> int | None:
@@ -67,32 +77,27 @@ class Control:
         count = getattr(self.state, "rejected", None)
         return None if count is None else int(count)
 
-    @property
-    def compilations(self) -> int:
-        """Of the controller, so far."""
-        return self._start.count + self._advance.count
+    def prepare(self, metric: Any) -> Fidelity | None:
+        """Compile before the first metric is there.
 
-    @property
-    def compile_seconds(self) -> float:
-        """Wall time of these compilations."""
-        return self._start.seconds + self._advance.seconds
+        **Arguments:**
+
+        - `metric`: its shape and dtype, or NaN.
+
+        **Returns:** shapes and dtypes of the fidelity; `None` if it depends on the level.
+        """
+        arguments = self._arguments(metric, math.nan, _UNKNOWN, first=True)
+        return self._step.prepare(self.blank, *arguments)[1]
 
     def start(self, metric: np.generic | float | None) -> None:
         """Begin, with the metric before training where there is one."""
-        state = jax.eval_shape(self._controller.init)
-        try:
-            jax.eval_shape(self._controller.fidelity, state)
-        except Exception:  # noqa: BLE001
-            # A ladder whose static parts differ needs a concrete level. Whatever else this
-            # was is raised again where the fidelity is asked for outside of a trace.
-            self._traceable = False
-        known = metric if self._starts_with_metric else None
-        self._keep(self._start(_number(known)))
+        self.state = self.blank
+        self._move(metric, math.nan, _UNKNOWN, first=True)
 
     def restore(self, state: PyTree) -> None:
         """Go on from a state that was kept."""
-        self.start(None)
-        self._keep((jax.tree.map(jnp.asarray, state), None))
+        self.state = state
+        self.fidelity = uniform(self._controller.fidelity(state))
 
     def advance(
         self,
@@ -109,40 +114,71 @@ class Control:
         - `gradient_norm`: NaN where no gradient was usable.
         - `errors`: primal part, adjoint part and total; NaN where unknown.
         """
-        error = None
-        if self._measures_error:
-            primal, adjoint, total = errors
-            total_alone = math.isnan(primal) and math.isnan(adjoint) and not math.isnan(total)
-            error = (
-                _number(total)
-                if total_alone
-                else MeanError(_number(primal), _number(adjoint), _number(total))
-            )
-        measured = _number(metric), _number(gradient_norm), error
-        self._keep(self._advance(self.state, *measured))
+        self._move(metric, gradient_norm, errors, first=False)
 
-    def _keep(self, outcome: tuple[PyTree, Fidelity | None]) -> None:
-        self.state, fidelity = outcome
+    @property
+    def blank(self) -> PyTree:
+        """A state of the right structure and no meaning."""
+        return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._template)
+
+    def _move(
+        self,
+        metric: np.generic | float | None,
+        gradient_norm: float,
+        errors: Sequence[float],
+        *,
+        first: bool,
+    ) -> None:
+        metric = math.nan if metric is None else metric
+        arguments = self._arguments(metric, gradient_norm, errors, first=first)
+        self.state, fidelity = self._step(self.state, *arguments)
         if fidelity is None:
             fidelity = uniform(self._controller.fidelity(self.state))
         self.fidelity = fidelity
 
-    def _traced_start(self, metric: Any) -> tuple[PyTree, Fidelity | None]:
-        state = self._controller.init()
-        if metric is not None:
-            state = self._controller.update(state, metric)
-        return self._outcome(state)
+    def _arguments(
+        self, metric: Any, gradient_norm: float, errors: Sequence[float], *, first: bool
+    ) -> tuple[Any, ...]:
+        error = None
+        if self._measures_error:
+            primal, adjoint, total = (_number(part) for part in errors)
+            total_alone = np.isnan(primal) and np.isnan(adjoint) and not np.isnan(total)
+            error = total if total_alone else MeanError(primal, adjoint, total)
+        return np.bool_(first), _number(metric), _number(gradient_norm), error
 
-    def _traced_advance(
-        self, state: PyTree, metric: Any, gradient_norm: Any, error: Any
+    def _traced_step(
+        self, state: PyTree, first: Any, metric: Any, gradient_norm: Any, error: Any
     ) -> tuple[PyTree, Fidelity | None]:
-        return self._outcome(
-            self._controller.update(state, metric, gradient_norm=gradient_norm, error=error)
-        )
+        # One function for the first step and all others compiles once instead of twice, and
+        # a controller takes longer to compile than a small problem to train.
+        begun = self._controller.init()
+        if self._takes_first:
+            state = _where(first, begun, state)
+        after = self._controller.update(state, metric, gradient_norm=gradient_norm, error=error)
+        if not self._takes_first:
+            after = _where(first, begun, after)
+        after = jax.tree.map(_strong, after)
+        return after, uniform(self._controller.fidelity(after)) if self._traceable else None
 
-    def _outcome(self, state: PyTree) -> tuple[PyTree, Fidelity | None]:
-        fidelity = uniform(self._controller.fidelity(state)) if self._traceable else None
-        return jax.tree.map(_strong, state), fidelity
+
+_UNKNOWN = (math.nan, math.nan, math.nan)
+
+
+def _is_traceable(controller: Any, state: PyTree) -> bool:
+    """Whether the fidelity can be looked up at a traced level.
+
+    It cannot on a ladder whose static parts differ. Whatever else went wrong is raised
+    again where the fidelity is asked for outside of a trace.
+    """
+    try:
+        jax.eval_shape(controller.fidelity, state)
+    except Exception:  # noqa: BLE001
+        return False
+    return True
+
+
+def _where(condition: Any, x: PyTree, y: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)
 
 
 def uniform(fidelity: Fidelity) -> Fidelity:
@@ -159,7 +195,7 @@ def _strong(leaf: Any) -> Array:
     return jnp.asarray(leaf, jnp.result_type(leaf))
 
 
-def _number(value: np.generic | float | None) -> Any:
-    if value is None or isinstance(value, np.generic):
+def _number(value: Any) -> Any:
+    if isinstance(value, np.generic | jax.ShapeDtypeStruct):
         return value
     return np.asarray(value, jnp.result_type(float))[()]

@@ -1,5 +1,6 @@
 """Compile ahead of time, and count it: every compilation is one that was asked for."""
 
+import threading
 import time
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -18,7 +19,7 @@ class Executable(Generic[P, R]):
     what it compiled, so `count` and `seconds` are the truth and not an inference.
 
     - `count`: compilations so far.
-    - `seconds`: wall time they took, tracing included.
+    - `seconds`: wall time that the caller waited for them, tracing included.
 
     >>> double = Executable(lambda x: 2 * x)
     >>> float(double(np.float32(3.0))), float(double(np.float32(4.0))), double.count
@@ -29,22 +30,62 @@ class Executable(Generic[P, R]):
         self.count = 0
         self.seconds = 0.0
         self._function = function
-        self._jitted = jax.jit(function)
-        self._compiled: dict[Hashable, Callable[P, R]] = {}
+        self._jitted: Any = jax.jit(function)
+        self._compilations: dict[Hashable, _Compilation] = {}
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the executable for these arguments, compiling it if there is none yet."""
-        if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+        if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
             return self._function(*args, **kwargs)
         signature = _signature((args, kwargs))
-        compiled = self._compiled.get(signature)
-        if compiled is None:
+        if signature not in self._compilations:
+            self.prepare(*args, **kwargs)
+        compilation = self._compilations[signature]
+        if not compilation.done:
             start = time.perf_counter()
-            compiled = self._jitted.lower(*args, **kwargs).compile()
+            compilation.wait()
             self.seconds += time.perf_counter() - start
-            self.count += 1
-            self._compiled[signature] = compiled
-        return compiled(*args, **kwargs)
+        return compilation.executable(*args, **kwargs)
+
+    def prepare(self, *args: Any, **kwargs: Any) -> Any:
+        """Compile beside whatever the caller does next.
+
+        **Arguments:** those of a later call; arrays may be given by shape and dtype.
+
+        **Returns:** shapes and dtypes of the result.
+        """
+        start = time.perf_counter()
+        traced = self._jitted.trace(*args, **kwargs)
+        self._compilations[_signature((args, kwargs))] = _Compilation(traced.lower())
+        self.seconds += time.perf_counter() - start
+        self.count += 1
+        return traced.out_info
+
+
+class _Compilation:
+    """A compilation under way in a thread of its own: XLA leaves Python's lock alone."""
+
+    def __init__(self, lowered: Any):
+        self.done = False
+        self.executable: Any = None
+        self._lowered: Any = lowered
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._compile, name="bilevel-compile")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until it is done; raises what the compiler raised."""
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+        self.done = True
+        self._lowered = None
+
+    def _compile(self) -> None:
+        try:
+            self.executable = self._lowered.compile()
+        except BaseException as error:  # noqa: BLE001
+            self._failure = error
 
 
 def _signature(arguments: Any) -> Hashable:
@@ -57,6 +98,8 @@ def _leaf_signature(leaf: Any) -> Hashable:
         # A sharding that was asked for is part of the executable, a default one is not.
         sharding = leaf.sharding if leaf.committed else None
         return leaf.shape, leaf.dtype, leaf.weak_type, sharding
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf.shape, leaf.dtype, leaf.weak_type, leaf.sharding
     if isinstance(leaf, np.ndarray | np.generic):
-        return leaf.shape, leaf.dtype
+        return leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype), False, None
     return type(leaf)

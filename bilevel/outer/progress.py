@@ -72,7 +72,7 @@ class Lines:
     """
 
     def __init__(self, console: Console | None = None, interval: float = 2.0):
-        self._console = console or Console(stderr=True, soft_wrap=True)
+        self._console = console or Console(stderr=True)
         self._interval = interval
         self._last = 0.0
         self._title = self._metric = ""
@@ -107,7 +107,7 @@ class Lines:
         """Nothing to end."""
 
     def _print(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False)
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 class Live:

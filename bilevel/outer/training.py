@@ -1,7 +1,9 @@
 """Training: one run of the outer loop, from its first metric to its last."""
 
+import itertools
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -59,13 +61,18 @@ class Training:
         state, self._optimizer_static = eqx.partition(optimizer.init(self._trained), _is_array)
         self._optimizer_state: PyTree = jax.tree.map(_strong, state)
 
-        self._control = Control(controller, measures_error=task.hypergradient is not None)
+        self._control = Control(
+            controller,
+            measures_metric=task.validate is not None,
+            measures_error=task.hypergradient is not None,
+        )
         self._update = Executable(self._arrays_only(make_update(task, optimizer)))
         self._validation = self._compiled_validation() if task.jit_validate else None
 
         self._tally = Tally()
         self._history = History()
         self._archive = Archive(settings.directory)
+        self._batches: Iterator[Any] | None = None
         self._epoch = self._batch = 0
         self._work: int | None = None
         self._metric: np.generic | float | None = None
@@ -98,6 +105,7 @@ class Training:
             self._epoch,
         )
         self._archive.open(self._history)
+        self._prepare()
         if not self._history:
             seconds = self._validate()
             self._control.start(self._metric)
@@ -137,13 +145,32 @@ class Training:
             self._progress.stop()
         return run
 
+    def _prepare(self) -> None:
+        """Have everything compiled at the same time, as far as shapes are known already."""
+        metric: Any = math.nan
+        if self._validation is not None:
+            metric = self._validation.prepare(self._trained)
+        elif self._task.validate is not None:
+            return  # its dtype is not known before it is called
+        if jnp.shape(metric) != ():
+            return  # refused when it is measured
+        fidelity = self._control.prepare(_widened(metric))
+        if fidelity is not None and self._epoch < self._settings.epochs:
+            self._batches = self._task.epoch_batches(self._epoch + 1, self._key)
+            first = next(self._batches)
+            self._batches = itertools.chain([first], self._batches)
+            self._update.prepare(self._trained, self._optimizer_state, first, fidelity)
+
     def _train_epoch(self) -> None:
         number, fidelity = self._epoch + 1, self._control.fidelity
-        batches = batches_in(self._task.batches)
+        count = batches_in(self._task.batches)
+        batches, self._batches = self._batches, None
+        if batches is None:
+            batches = self._task.epoch_batches(number, self._key)
         self._tally.begin()
         watch = self._watch()
-        for batch in self._task.epoch_batches(number, self._key):
-            self._progress.batch(self._batch + 1, batches)
+        for batch in batches:
+            self._progress.batch(self._batch + 1, count)
             self._trained, self._optimizer_state, report = self._update(
                 self._trained, self._optimizer_state, batch, fidelity
             )
@@ -244,7 +271,7 @@ class Training:
         }
 
     def _restore(self) -> None:
-        self._control.start(None)
+        self._control.state = self._control.blank
         state, self._history = self._archive.restore(self._state(), self._settings.seed)
         self._trained, self._optimizer_state = state["trained"], state["optimizer"]
         self._control.restore(state["controller"])
@@ -315,20 +342,23 @@ def limits(fidelity: Fidelity) -> dict[str, float | int | None]:
 
 
 def _real_number(value: Any) -> np.generic | float:
-    if isinstance(value, jax.Array):
-        value = np.asarray(value)[()]
-    shape = np.shape(value)
-    if shape == () and not (np.iscomplexobj(value) or isinstance(value, str | bytes | None)):
-        # Half precision is widened: numpy's scalars of it are no floats.
-        half = isinstance(value, np.generic) and not isinstance(value, np.float32 | np.float64)
+    """The metric on the host: float32 and float64 as they are, anything else as a float."""
+    number: Any = np.asarray(value)[()] if isinstance(value, jax.Array) else value
+    if isinstance(number, np.floating) and number.dtype.itemsize in (4, 8):
+        return number
+    if not isinstance(number, str | bytes):
         try:
-            number = float(value)
+            if np.shape(number) == () and not np.iscomplexobj(number):
+                return float(number)
         except (TypeError, ValueError):
             pass
-        else:
-            return value if isinstance(value, np.generic) and not half else number
     msg = f"Task: validate should return one real number, got {value!r}. Reduce it, or take .real."
     raise TypeError(msg)
+
+
+def _widened(metric: Any) -> Any:
+    """Shape and dtype of a metric as `_real_number` leaves it."""
+    return metric if jnp.result_type(metric) in (jnp.float32, jnp.float64) else math.nan
 
 
 def _device(tree: PyTree) -> str:

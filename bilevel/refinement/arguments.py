@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pydantic
 from jax.core import Tracer
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic.fields import FieldInfo
 
 from bilevel.budget import UNLIMITED
@@ -42,6 +42,22 @@ Growth = Annotated[
         allow_inf_nan=False,
         description="Each level has this many times the iterations, such as 1.5.",
     ),
+]
+
+
+def _hashable(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    try:
+        hash(function)
+    except TypeError:
+        msg = "should be hashable"
+        raise ValueError(msg) from None
+    return function
+
+
+Schedule = Annotated[
+    Callable[[Any], Any],
+    AfterValidator(_hashable),
+    Field(description="Give a function of one integer, as optax schedules are."),
 ]
 
 

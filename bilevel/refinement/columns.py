@@ -1,6 +1,7 @@
 """Columns: the budgets of all levels of a ladder, one sequence a field."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -29,8 +30,9 @@ class Columns:
         """The budget of a level, its fields arrays whether the level is traced or not."""
 
         def entry(sequence: Sequence, dtype: Any) -> Array:
-            found = sequence.value(level) if isinstance(level, int) else sequence.at(level)
-            return jnp.asarray(found).astype(dtype)
+            if isinstance(level, int):
+                return jnp.asarray(sequence.value(level), dtype)
+            return sequence.at(level).astype(dtype)
 
         real = jnp.result_type(float)
         # Not by Budget(...): checking arrays would make the host wait for the device, and
@@ -100,3 +102,27 @@ class Columns:
             column([float(budget.rtol) for budget in budgets]),
             column([float(budget.atol) for budget in budgets]),
         )
+
+
+@functools.partial(jax.jit, static_argnames=("primal", "adjoint", "count"))
+def looked_up(
+    primal: Columns,
+    adjoint: Columns | None,
+    count: int,
+    level: Int[Array, "..."],
+    adjoint_level: Int[Array, "..."],
+) -> tuple[Budget, Budget | None, Int[Array, "..."]]:
+    """Both budgets and the level itself, for levels that may lie beyond the ends.
+
+    Compiled, because a loop that asks outside of any trace would otherwise pay for some
+    twenty operations one by one, and for compiling each of them at the first step.
+    """
+
+    def inside(level: Int[Array, "..."]) -> Int[Array, "..."]:
+        # Neither int8 nor uint32 could hold both the level and the bounds.
+        wide = level.astype(jnp.promote_types(level.dtype, jnp.int32))
+        return jnp.clip(wide, 0, count - 1).astype(jnp.int32)
+
+    level = inside(level)
+    adjoint_budget = None if adjoint is None else adjoint.at(inside(adjoint_level))
+    return primal.at(level), adjoint_budget, level

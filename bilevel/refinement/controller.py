@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from bilevel.refinement.fidelity import Fidelity
 
@@ -93,23 +93,4 @@ class Controller(Protocol[StateT]):
 
     def fidelity(self, state: StateT) -> Fidelity:
         """What the next outer step is computed with."""
-        ...
-
-
-class TruncationError(Protocol):
-    """What stopping early cost the hypergradient, absolute, in its own units."""
-
-    @property
-    def primal(self) -> Float[Array, ""]:
-        """The part that a tighter primal budget removes."""
-        ...
-
-    @property
-    def adjoint(self) -> Float[Array, ""]:
-        """The part that a tighter adjoint budget removes."""
-        ...
-
-    @property
-    def total(self) -> Float[Array, ""]:
-        """Both together."""
         ...

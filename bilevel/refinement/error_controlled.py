@@ -1,8 +1,10 @@
 """ErrorControlled: as accurate as the hypergradient needs, and no more."""
 
+import functools
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from pydantic import Field
@@ -139,17 +141,15 @@ class ErrorControlled(eqx.Module):
 
     def init(self) -> ErrorControlledState:
         """The state before the first hypergradient, both solves at the coarsest level."""
-        none = jnp.zeros((), jnp.int32)
-        one = jnp.ones((), jnp.int32)
         return ErrorControlledState(
-            level=none,
-            rejected=none,
-            adjoint_level=none,
+            level=jnp.zeros((), jnp.int32),
+            rejected=jnp.zeros((), jnp.int32),
+            adjoint_level=jnp.zeros((), jnp.int32),
             accepted=jnp.zeros((), bool),
-            stride=one,
-            adjoint_stride=one,
-            quiet=none,
-            adjoint_quiet=none,
+            stride=jnp.ones((), jnp.int32),
+            adjoint_stride=jnp.ones((), jnp.int32),
+            quiet=jnp.zeros((), jnp.int32),
+            adjoint_quiet=jnp.zeros((), jnp.int32),
         )
 
     def update(
@@ -186,74 +186,95 @@ class ErrorControlled(eqx.Module):
                 )
                 raise TypeError(msg)
         norm = measured(owner, "gradient_norm", gradient_norm)
-        known = _usable(norm)
-        allowed = (1.0 - self.eta) * jnp.where(known, norm, 0)
+        rule = _Rule(self.eta, self.patience, self.margin, self.growth, len(self.ladder) - 1)
         if all(hasattr(error, part) for part in ("primal", "adjoint", "total")):
             primal, adjoint, total = (
                 measured(owner, f"error.{part}", getattr(error, part))
                 for part in ("primal", "adjoint", "total")
             )
-            share = 0.5 * allowed
-        else:
-            primal = adjoint = total = measured(owner, "error", error)
-            share = allowed
-
-        usable = known & _usable(primal) & _usable(adjoint) & _usable(total)
-        accepted = usable & (total <= allowed)
-        primal_blamed = ~(known & _usable(primal) & (primal <= share))
-        adjoint_blamed = ~(known & _usable(adjoint) & (adjoint <= share))
-        # Parts that each keep to their share may still not add up to an accepted total.
-        neither = ~primal_blamed & ~adjoint_blamed
-        primal_blamed |= neither & (primal >= adjoint)
-        adjoint_blamed |= neither & (adjoint >= primal)
-        top = len(self.ladder) - 1
-        primal_stuck = primal_blamed & (state.level >= top)
-        adjoint_stuck = adjoint_blamed & (state.adjoint_level >= top)
-
-        first = self._moved(
-            _Place(state.level, state.stride, state.quiet),
-            tighten=~accepted & (primal_blamed | adjoint_stuck),
-            small=accepted & (primal <= self.margin * share),
-        )
-        second = self._moved(
-            _Place(state.adjoint_level, state.adjoint_stride, state.adjoint_quiet),
-            tighten=~accepted & (adjoint_blamed | primal_stuck),
-            small=accepted & (adjoint <= self.margin * share),
-        )
-        return ErrorControlledState(
-            level=first.level,
-            rejected=jnp.where(usable, state.rejected, saturating_increment(state.rejected)),
-            adjoint_level=second.level,
-            accepted=accepted,
-            stride=first.stride,
-            adjoint_stride=second.stride,
-            quiet=first.quiet,
-            adjoint_quiet=second.quiet,
-        )
+            return _decided(state, norm, (primal, adjoint, total), rule)
+        return _decided(state, norm, (measured(owner, "error", error),), rule)
 
     def fidelity(self, state: ErrorControlledState) -> Fidelity:
         """The primal budget of one level, the adjoint budget of the other."""
         return self.ladder.fidelity(state.level, adjoint_level=state.adjoint_level)
 
-    def _moved(self, place: "_Place", tighten: Bool[Array, ""], small: Bool[Array, ""]) -> "_Place":
-        top = len(self.ladder) - 1
-        up = jnp.minimum(place.stride, top - place.level)
-        quiet = jnp.where(small, saturating_increment(place.quiet), 0)
-        back = jnp.zeros((), bool) if self.patience is None else quiet >= self.patience
-        down = jnp.minimum(back.astype(jnp.int32), place.level)
-        # Strides beyond the ladder say nothing more, and must not grow out of int32.
-        longer = jnp.minimum(place.stride, min(top, _LONGEST_STRIDE) + 1) * self.growth
-        return _Place(
-            level=place.level + jnp.where(tighten, up, -down),
-            stride=jnp.where(tighten, longer, 1),
-            quiet=jnp.where(back, 0, quiet),
-        )
+
+class _Rule(NamedTuple):
+    eta: float
+    patience: int | None
+    margin: float
+    growth: int
+    top: int
 
 
 class _Place(NamedTuple):
     level: Int[Array, ""]
     stride: Int[Array, ""]
     quiet: Int[Array, ""]
+
+
+# Compiled, so that a plain Python loop makes one call instead of sixty.
+@functools.partial(jax.jit, static_argnames="rule")
+def _decided(
+    state: ErrorControlledState,
+    norm: Float[Array, ""],
+    error: tuple[Float[Array, ""], ...],
+    rule: _Rule,
+) -> ErrorControlledState:
+    known = _usable(norm)
+    allowed = (1.0 - rule.eta) * jnp.where(known, norm, 0)
+    # One error for both solves counts against the whole allowance, a part against half.
+    primal, adjoint, total = error if len(error) == 3 else error * 3
+    share = 0.5 * allowed if len(error) == 3 else allowed
+
+    usable = known & _usable(primal) & _usable(adjoint) & _usable(total)
+    accepted = usable & (total <= allowed)
+    primal_blamed = ~(known & _usable(primal) & (primal <= share))
+    adjoint_blamed = ~(known & _usable(adjoint) & (adjoint <= share))
+    # Parts that each keep to their share may still not add up to an accepted total.
+    neither = ~primal_blamed & ~adjoint_blamed
+    primal_blamed |= neither & (primal >= adjoint)
+    adjoint_blamed |= neither & (adjoint >= primal)
+    primal_stuck = primal_blamed & (state.level >= rule.top)
+    adjoint_stuck = adjoint_blamed & (state.adjoint_level >= rule.top)
+
+    first = _moved(
+        _Place(state.level, state.stride, state.quiet),
+        tighten=~accepted & (primal_blamed | adjoint_stuck),
+        small=accepted & (primal <= rule.margin * share),
+        rule=rule,
+    )
+    second = _moved(
+        _Place(state.adjoint_level, state.adjoint_stride, state.adjoint_quiet),
+        tighten=~accepted & (adjoint_blamed | primal_stuck),
+        small=accepted & (adjoint <= rule.margin * share),
+        rule=rule,
+    )
+    return ErrorControlledState(
+        level=first.level,
+        rejected=jnp.where(usable, state.rejected, saturating_increment(state.rejected)),
+        adjoint_level=second.level,
+        accepted=accepted,
+        stride=first.stride,
+        adjoint_stride=second.stride,
+        quiet=first.quiet,
+        adjoint_quiet=second.quiet,
+    )
+
+
+def _moved(place: _Place, tighten: Bool[Array, ""], small: Bool[Array, ""], rule: _Rule) -> _Place:
+    up = jnp.minimum(place.stride, rule.top - place.level)
+    quiet = jnp.where(small, saturating_increment(place.quiet), 0)
+    back = jnp.zeros((), bool) if rule.patience is None else quiet >= rule.patience
+    down = jnp.minimum(back.astype(jnp.int32), place.level)
+    # Strides beyond the ladder say nothing more, and must not grow out of int32.
+    longer = jnp.minimum(place.stride, min(rule.top, _LONGEST_STRIDE) + 1) * rule.growth
+    return _Place(
+        level=place.level + jnp.where(tighten, up, -down),
+        stride=jnp.where(tighten, longer, 1),
+        quiet=jnp.where(back, 0, quiet),
+    )
 
 
 def _usable(value: Float[Array, ""]) -> Bool[Array, ""]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
 import equinox as eqx
@@ -11,14 +11,14 @@ from jaxtyping import Array, Int
 from pydantic import Field
 
 from bilevel.budget import UNLIMITED, Budget
-from bilevel.refinement.arguments import Cap, Count, Growth, Reduction, Tolerance, checked
-from bilevel.refinement.columns import Columns
+from bilevel.refinement.arguments import Cap, Count, Growth, Reduction, Schedule, Tolerance, checked
+from bilevel.refinement.columns import Columns, looked_up
 from bilevel.refinement.fidelity import Fidelity, as_fidelity
 from bilevel.refinement.level import placed
 from bilevel.refinement.sequence import Arithmetic, Formula, Number, Table
 from bilevel.refinement.static import StaticParts
 
-_LONGEST_LIST = 10**6
+_LONGEST_LIST = 100_000
 
 
 class Ladder(eqx.Module):
@@ -138,10 +138,7 @@ class Ladder(eqx.Module):
     @checked
     def from_schedule(
         cls,
-        schedule: Annotated[
-            Callable[[Any], Any],
-            Field(description="Give a function from level to tolerance, as optax schedules are."),
-        ],
+        schedule: Schedule,
         levels: Annotated[
             int,
             Field(ge=1, le=UNLIMITED, description="Give the number of levels, 1 or more."),
@@ -316,12 +313,15 @@ class Ladder(eqx.Module):
         other = place
         if adjoint_level is not None:
             other = placed("adjoint_level", adjoint_level, len(self), concrete=concrete)
-        return Fidelity(
-            budget=self.primal.at(place),
-            adjoint_budget=None if self.adjoint is None else self.adjoint.at(other),
-            level=jnp.asarray(place, jnp.int32),
-            static=self.static.at(place),
+        static = self.static.at(place)
+        if isinstance(place, int) and isinstance(other, int):
+            adjoint = None if self.adjoint is None else self.adjoint.at(other)
+            position = jnp.asarray(place, jnp.int32)
+            return Fidelity(self.primal.at(place), adjoint, position, static=static)
+        budget, adjoint, position = looked_up(
+            self.primal, self.adjoint, len(self), jnp.asarray(place), jnp.asarray(other)
         )
+        return Fidelity(budget, adjoint, position, static=static)
 
     @property
     def coarsest(self) -> Fidelity:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 def placed(
     name: str, level: Int[Array, "..."] | int, count: int, *, concrete: bool
 ) -> Int[Array, "..."] | int:
-    """A level as an int on the ladder, or as an int32 array inside it.
+    """A level as an int on the ladder, or as an array that may lie beyond its ends.
 
     **Arguments:**
 
@@ -40,7 +40,7 @@ def placed(
         return int(level)
     if concrete and not isinstance(level, Tracer) and not level.ndim:
         return min(max(int(level), 0), count - 1)
-    return jnp.clip(jnp.asarray(level), 0, count - 1).astype(jnp.int32)
+    return jnp.asarray(level)
 
 
 def _is_whole(level: object) -> bool:

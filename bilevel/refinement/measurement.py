@@ -29,12 +29,10 @@ def measured(owner: str, name: str, value: Any) -> Float[Array, ""]:
     >>> measured("Example", "metric", 0.5).shape
     ()
     """
-    if isinstance(value, jax.Array | np.ndarray | np.generic | int | float) and not isinstance(
-        value, bool
-    ):
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
         array = jnp.asarray(value)
     else:
-        array = jnp.asarray(_converted(owner, name, value))
+        array = jnp.asarray(_converted(owner, name, value), jnp.result_type(float))
     if array.shape != ():
         msg = (
             f"{owner}: {name} should be one number, got shape {array.shape}. "

@@ -1,8 +1,10 @@
 """ProgressiveRefinement: refine where training has come to a stand."""
 
-from typing import Annotated, Any, ClassVar
+import functools
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 from pydantic import Field
@@ -131,15 +133,14 @@ class ProgressiveRefinement(eqx.Module):
         **Returns:** the state; its numbers have JAX's default float, which holds float32
         metrics without loss.
         """
-        none = jnp.zeros((), jnp.int32)
         real = jnp.result_type(float)
         return ProgressiveState(
-            level=none,
-            rejected=none,
+            level=jnp.zeros((), jnp.int32),
+            rejected=jnp.zeros((), jnp.int32),
             checkpoint=jnp.asarray(self.checkpoint, real),
             smoothed=jnp.zeros((self.error_window,), real),
-            newest=none,
-            entries=none,
+            newest=jnp.zeros((), jnp.int32),
+            entries=jnp.zeros((), jnp.int32),
         )
 
     def update(
@@ -166,48 +167,64 @@ class ProgressiveRefinement(eqx.Module):
         """
         del gradient_norm, error
         entry = measured("ProgressiveRefinement.update", "metric", metric)
-        kept = state.smoothed.dtype
-        dtype = entry.dtype if entry.dtype.itemsize < kept.itemsize else kept
-        usable = jnp.isfinite(entry) & (entry >= 0)
-        entry = jnp.where(usable, entry, 0).astype(dtype)
-        smoothed = state.smoothed.astype(dtype)
-        checkpoint = state.checkpoint.astype(dtype)
-
-        latest = self._average(entry, smoothed[state.newest], state.entries)
-        newest = (state.newest + 1) % self.error_window
-        smoothed = smoothed.at[newest].set(latest)
-        entries = jnp.minimum(state.entries + 1, self.error_window + 1)
-        # In a ring of error_window entries the oldest one follows the newest one.
-        oldest = smoothed[(newest + 1) % self.error_window]
-
-        standing = _ratio(latest, oldest) > self.stepping_threshold
-        left = _ratio(latest, checkpoint)
-        paid_or_worse = (left < self.stopping_threshold) | (left > 1)
-        refine = usable & (entries > self.error_window) & standing & paid_or_worse
-
-        last = len(self.ladder) - 1
-        return ProgressiveState(
-            level=jnp.minimum(state.level + refine.astype(jnp.int32), last),
-            rejected=jnp.where(usable, state.rejected, saturating_increment(state.rejected)),
-            checkpoint=jnp.where(refine, latest.astype(kept), state.checkpoint),
-            smoothed=jnp.where(usable, smoothed.astype(kept), state.smoothed),
-            newest=jnp.where(usable, newest, state.newest),
-            entries=jnp.where(usable, entries, state.entries),
+        rule = _Rule(
+            self.stepping_threshold,
+            self.stopping_threshold,
+            None if self.ema_window is None else 2.0 / (self.ema_window + 1.0),
+            self.error_window,
+            len(self.ladder) - 1,
         )
+        return _taken(state, entry, rule)
 
     def fidelity(self, state: ProgressiveState) -> Fidelity:
         """The fidelity of the state's level."""
         return self.ladder.fidelity(state.level)
 
-    def _average(
-        self, entry: Float[Array, ""], before: Float[Array, ""], entries: Int[Array, ""]
-    ) -> Float[Array, ""]:
-        if self.ema_window is None:
-            return entry
-        weight = 2.0 / (self.ema_window + 1.0)
+
+class _Rule(NamedTuple):
+    stepping: float
+    stopping: float
+    weight: float | None
+    window: int
+    last: int
+
+
+# Compiled, so that a plain Python loop makes one call instead of thirty.
+@functools.partial(jax.jit, static_argnames="rule")
+def _taken(state: ProgressiveState, entry: Float[Array, ""], rule: _Rule) -> ProgressiveState:
+    kept = state.smoothed.dtype
+    dtype = entry.dtype if entry.dtype.itemsize < kept.itemsize else kept
+    usable = jnp.isfinite(entry) & (entry >= 0)
+    entry = jnp.where(usable, entry, 0).astype(dtype)
+    smoothed = state.smoothed.astype(dtype)
+    checkpoint = state.checkpoint.astype(dtype)
+
+    latest = entry
+    if rule.weight is not None:
+        before = smoothed[state.newest]
         # As an increment a metric that does not move leaves the average as it is, to the
         # last bit; as a weighted sum it would wander, and rounding would look like change.
-        return jnp.where(entries == 0, entry, before + weight * (entry - before))
+        average = before + rule.weight * (entry - before)
+        latest = jnp.where(state.entries == 0, entry, average)
+    newest = (state.newest + 1) % rule.window
+    smoothed = smoothed.at[newest].set(latest)
+    entries = jnp.minimum(state.entries + 1, rule.window + 1)
+    # In a ring of that many entries the oldest one follows the newest one.
+    oldest = smoothed[(newest + 1) % rule.window]
+
+    standing = _ratio(latest, oldest) > rule.stepping
+    left = _ratio(latest, checkpoint)
+    paid_or_worse = (left < rule.stopping) | (left > 1)
+    refine = usable & (entries > rule.window) & standing & paid_or_worse
+
+    return ProgressiveState(
+        level=jnp.minimum(state.level + refine.astype(jnp.int32), rule.last),
+        rejected=jnp.where(usable, state.rejected, saturating_increment(state.rejected)),
+        checkpoint=jnp.where(refine, latest.astype(kept), state.checkpoint),
+        smoothed=jnp.where(usable, smoothed.astype(kept), state.smoothed),
+        newest=jnp.where(usable, newest, state.newest),
+        entries=jnp.where(usable, entries, state.entries),
+    )
 
 
 def _ratio(numerator: Float[Array, ""], denominator: Float[Array, ""]) -> Float[Array, ""]:

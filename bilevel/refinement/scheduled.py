@@ -1,16 +1,18 @@
 """ScheduledFidelity: levels by a schedule, decided before training starts."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 from pydantic import Field
 
-from bilevel.refinement.arguments import Reduction, Tolerance, checked
+from bilevel.refinement.arguments import Reduction, Schedule, Tolerance, checked
 from bilevel.refinement.fidelity import Fidelity
 from bilevel.refinement.ladder import Ladder
 from bilevel.refinement.measurement import measured, saturating_increment
@@ -63,10 +65,7 @@ class ScheduledFidelity(eqx.Module):
     def __init__(
         self,
         ladder: Annotated[Ladder, Field(description="Use for example Ladder.iterations().")],
-        schedule: Annotated[
-            Callable[[Any], Any] | None,
-            Field(description="Give a function from the number of updates to a level."),
-        ] = None,
+        schedule: Schedule | None = None,
     ):
         self.ladder = ladder
         self.schedule = schedule
@@ -108,8 +107,8 @@ class ScheduledFidelity(eqx.Module):
 
     def init(self) -> ScheduledState:
         """The state before training: the schedule's level for no update."""
-        none = jnp.zeros((), jnp.int32)
-        return self._moved(none, ScheduledState(none, none, none))
+        start = ScheduledState(*(jnp.zeros((), jnp.int32) for _ in range(3)))
+        return _moved(start, start.updates, self.schedule, len(self.ladder) - 1)
 
     def update(
         self,
@@ -129,24 +128,32 @@ class ScheduledFidelity(eqx.Module):
         **Returns:** the new state.
         """
         del metric, gradient_norm, error
-        return self._moved(saturating_increment(state.updates), state)
+        updates = saturating_increment(state.updates)
+        return _moved(state, updates, self.schedule, len(self.ladder) - 1)
 
     def fidelity(self, state: ScheduledState) -> Fidelity:
         """The fidelity of the state's level."""
         return self.ladder.fidelity(state.level)
 
-    def _moved(self, updates: Int[Array, ""], state: ScheduledState) -> ScheduledState:
-        last = len(self.ladder) - 1
-        if self.schedule is None:
-            return ScheduledState(jnp.minimum(updates, last), state.rejected, updates)
-        wanted = measured("ScheduledFidelity", "schedule(updates)", self.schedule(updates))
-        usable = jnp.isfinite(wanted)
-        # Bounded before the conversion, for a float beyond int32 has no defined integer, and
-        # after it, for a float32 may round the end of a very long ladder up.
-        inside = jnp.rint(jnp.clip(jnp.where(usable, wanted, 0), 0, last)).astype(jnp.int32)
-        level = jnp.where(usable, jnp.minimum(inside, last), state.level)
-        rejected = jnp.where(usable, state.rejected, saturating_increment(state.rejected))
-        return ScheduledState(level, rejected, updates)
+
+# Compiled, so that a plain Python loop makes one call instead of a dozen.
+@functools.partial(jax.jit, static_argnames=("schedule", "last"))
+def _moved(
+    state: ScheduledState,
+    updates: Int[Array, ""],
+    schedule: Callable[[Any], Any] | None,
+    last: int,
+) -> ScheduledState:
+    if schedule is None:
+        return ScheduledState(jnp.minimum(updates, last), state.rejected, updates)
+    wanted = measured("ScheduledFidelity", "schedule(updates)", schedule(updates))
+    usable = jnp.isfinite(wanted)
+    # Bounded before the conversion, for a float beyond int32 has no defined integer, and
+    # after it, for a float32 may round the end of a very long ladder up.
+    inside = jnp.rint(jnp.clip(jnp.where(usable, wanted, 0), 0, last)).astype(jnp.int32)
+    level = jnp.where(usable, jnp.minimum(inside, last), state.level)
+    rejected = jnp.where(usable, state.rejected, saturating_increment(state.rejected))
+    return ScheduledState(level, rejected, updates)
 
 
 @dataclasses.dataclass(frozen=True, init=False)

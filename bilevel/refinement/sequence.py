@@ -61,6 +61,8 @@ class Table:
         entries = np.asarray(self.values)
         whole = np.issubdtype(entries.dtype, np.integer)
         table = jnp.asarray(entries, jnp.int32 if whole else None)
+        if len(self.values) == 1:
+            return jnp.broadcast_to(table[0], level.shape)
         return table[jnp.clip(level, 0, len(self.values) - 1)]
 
     @property
@@ -82,8 +84,9 @@ class Formula:
 
     def value(self, level: int) -> float:
         """The entry at a level of this sequence, the last one beyond its end."""
+        # Asked with an array, as `at` asks: a schedule may answer an int in another precision.
         with jax.ensure_compile_time_eval():
-            return float(self.schedule(min(level, self.length - 1)))
+            return float(self.at(jnp.asarray(level, jnp.int32)))
 
     def at(self, level: Int[Array, "..."]) -> Array:
         """The entries at traced levels."""

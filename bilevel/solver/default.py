@@ -39,8 +39,7 @@ def default_linear_solver(problem: BoundProblem, x0: PyTree) -> InnerSolver:
     A linear system is never made dense unless it came as a matrix; a Hessian or Jacobian
     of small size is, column by column.
     """
-    dense = problem.operator is None or problem.operator.matrix is not None
-    if dense and vector.size(x0) <= DENSE_SIZE:
+    if not problem.matrix_free and vector.size(x0) <= DENSE_SIZE:
         return Direct()
     if problem.symmetric and problem.positive_definite:
         return ConjugateGradient()

@@ -4,15 +4,14 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import PyTree
 
 from bilevel import vector
 from bilevel.bound import BoundProblem
 from bilevel.budget import Budget
 from bilevel.operator import LinearOperator
 from bilevel.solver.base import InnerSolver
+from bilevel.solver.dense import coordinates, dense_matrix
 
 
 class Direct(InnerSolver):
@@ -68,36 +67,3 @@ def factorize(operator: LinearOperator, like: PyTree) -> Any:
         return lambda v: unflatten(jax.scipy.linalg.cho_solve(factors, flatten(v)))
     pivoted = jax.scipy.linalg.lu_factor(matrix)
     return lambda v: unflatten(jax.scipy.linalg.lu_solve(pivoted, flatten(v)))
-
-
-def dense_matrix(operator: LinearOperator, like: PyTree) -> Float[Array, "n n"]:
-    """The matrix of an operator: its own, or made by applying it to every unit vector.
-
-    Made so, it acts on real coordinates: real and imaginary parts of complex unknowns are
-    unknowns of their own, for a Hessian is linear over the reals only.
-    """
-    if operator.matrix is not None:
-        return operator.matrix
-    flatten, unflatten = coordinates(like, real=True)
-    size = flatten(like).size
-    units = jnp.eye(size, dtype=vector.real_dtype(like))
-    # Row i is A eᵢ, that is column i of A.
-    rows = jax.vmap(lambda unit: flatten(operator.matvec(unflatten(unit))))(units)
-    return rows if operator.symmetric else rows.T
-
-
-def coordinates(like: PyTree, *, real: bool) -> tuple[Any, Any]:
-    """Functions from a vector to a flat array and back."""
-    flat, unravel = ravel_pytree(like)
-    if not (real and jnp.iscomplexobj(flat)):
-        return lambda v: ravel_pytree(v)[0], unravel
-
-    def flatten(v: PyTree) -> Array:
-        values = ravel_pytree(v)[0]
-        return jnp.concatenate([values.real, values.imag])
-
-    def unflatten(values: Array) -> PyTree:
-        real_part, imaginary = jnp.split(values, 2)
-        return unravel(real_part + 1j * imaginary)
-
-    return flatten, unflatten

@@ -1,5 +1,8 @@
 """The published rule, against a plain transcription of it, and without its traps."""
 
+# Wrong types and missing arguments are under test here.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalMemberAccess=false
+
 import math
 from fractions import Fraction
 from itertools import groupby
@@ -218,14 +221,24 @@ def test_extreme_magnitudes_stay_finite():
     assert int(state.rejected) == 0
 
 
-def test_a_constant_metric_refines_once_and_then_never():
+@pytest.mark.parametrize("name", ["default", "heat 1D", "wide"])
+def test_a_constant_metric_refines_once_and_then_never(name):
     # A weighted sum instead of an increment would round: the ratio to the checkpoint would
     # come out above one now and then, and refine without a reason.
-    for value in (0.1, 1 / 3, 0.7, 1e-3):
-        for name in ("default", "heat 1D", "wide"):
-            levels, _ = levels_of(UPDATES[name], CONTROLLERS[name].init(), [value] * 50)
-            window = CONTROLLERS[name].error_window
-            assert levels == [0] * window + [1] * (50 - window)
+    controller = CONTROLLERS[name]
+
+    def levels(value):
+        def body(state, _):
+            state = controller.update(state, value)
+            return state, state.level
+
+        return jax.lax.scan(body, controller.init(), length=40)[1]
+
+    values = np.random.default_rng(3).uniform(1e-3, 10.0, 300)
+    window = controller.error_window
+    expected = [0] * window + [1] * (40 - window)
+    found = jax.jit(jax.vmap(levels))(values)
+    np.testing.assert_array_equal(found, np.tile(expected, (300, 1)))
 
 
 def test_zero_is_a_metric_like_any_other():
@@ -338,7 +351,7 @@ def test_one_compilation_for_all_levels():
         traced.append("loss")
         return fidelity.budget.iterations + 0.0
 
-    state, seen = controller.init(), set()
+    state, seen = controller.init(), set[int]()
     for metric in 0.5 ** np.repeat(np.arange(30.0), 2):
         state, iterations = step(state, metric)
         loss(controller.fidelity(state))
@@ -373,7 +386,10 @@ def test_scalars_of_other_libraries_are_read():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"stepping_threshold": 98}, "stepping_threshold should be less than or equal to 1, got 98"),
+        (
+            {"stepping_threshold": 98},
+            "stepping_threshold should be .* equal to 1, got 98",
+        ),
         ({"stepping_threshold": 0.0}, "stepping_threshold should be greater than 0, got 0"),
         ({"stopping_threshold": "0.9"}, "stopping_threshold should be a valid number, got '0.9'"),
         ({"stopping_threshold": math.nan}, "stopping_threshold should be .*, got nan"),

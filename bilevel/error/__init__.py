@@ -1,0 +1,1 @@
+"""What stopping early cost: estimates and bounds of a hypergradient's truncation error."""

@@ -1,0 +1,95 @@
+"""One-step differentiation."""
+
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from bilevel import vector
+from bilevel.closed import stopped
+from bilevel.estimator.base import Estimator, Record, Setting, no_adjoint
+from bilevel.solution import Solution, Status
+from bilevel.solver.iteration import begin
+from bilevel.solver.loop import run
+
+
+class OneStep(Estimator):
+    """The derivative of one more solver step at the final iterate, taken as constant.
+
+    Bolte, Pauwels and Vaiter 2023.  It costs a single step and needs no adjoint; its error
+    is of the order of the step's contraction factor, so it is good for Newton's method
+    and multigrid, and poor for plain gradient descent: the error estimate says which.
+
+    >>> import jax, bilevel as bl
+    >>> problem = bl.RootFinding(lambda x, theta: x * x - theta)
+    >>> def value(theta):
+    ...     return bl.solve(problem, theta, 1.0, solver=bl.Newton(), estimator=bl.OneStep()).value
+    >>> round(float(jax.grad(value)(4.0)), 4)
+    0.25
+    """
+
+    solves_adjoint: ClassVar[bool] = False
+
+    def solve(self, setting: Setting, record: Record) -> Solution:
+        """The inner solve with the derivative of its last step."""
+        solver, problem = setting.solver, setting.problem
+
+        def primal(theta: Any, x0: Any) -> Solution:
+            bound = problem.at(theta)
+            solver.check(bound)
+            bound = solver.prepare(bound, x0)
+            return run(bound, solver, x0, setting.budget, history=setting.history)
+
+        closed = eqx.filter_closure_convert(primal, setting.theta, setting.x0)
+        solution = stopped(stopped(closed)(stopped(setting.theta), stopped(setting.x0)))
+        start = _reporting(solution, record)
+        bound = solver.prepare(problem.at(setting.theta), start)
+        iteration, state, residual = begin(bound, solver, start)
+        moved = solver.value(iteration.update(state, residual))
+        trust = jnp.where(solution.status >= Status.DIVERGED, jnp.nan, 1.0)
+        value = _with_derivative_of(solution.value, moved, trust)
+        return eqx.tree_at(lambda s: s.value, solution, value)
+
+
+@jax.custom_jvp
+def _with_derivative_of(value: PyTree, moved: PyTree, trust: Array) -> PyTree:
+    del moved, trust
+    return value
+
+
+@_with_derivative_of.defjvp
+def _with_derivative_of_jvp(primals: Any, tangents: Any) -> Any:
+    value, _, trust = primals
+    _, direction, _ = tangents
+    return value, vector.scale(trust, direction)
+
+
+def _reporting(solution: Solution, record: Record) -> PyTree:
+    """The final iterate, whose cotangent goes into the record and nowhere else."""
+    if not jax.tree.leaves(record):
+        return solution.value
+    value = solution.value
+    anchor = sum(jnp.sum(leaf).real for leaf in jax.tree.leaves(record))
+    nothing = jax.tree.map(
+        lambda leaf: jnp.broadcast_to(jnp.where(False, anchor, 0.0), leaf.shape).astype(leaf.dtype),  # noqa: FBT003
+        value,
+    )
+
+    def identity(augmented: Any) -> Any:
+        return augmented
+
+    def forward(_: Any, augmented: Any) -> Any:
+        return augmented
+
+    def backward(_: Any, augmented: Any) -> Any:
+        cotangent, _ = augmented
+        adjoint = no_adjoint(cotangent, jnp.int32(1))
+        return cotangent, record.filled(solution, adjoint, cotangent)
+
+    # A linear map by name only: its transpose is what brings the report out.
+    shift, _ = jax.lax.custom_linear_solve(
+        identity, (nothing, record), forward, transpose_solve=backward
+    )
+    return vector.add(value, shift)

@@ -1,0 +1,243 @@
+"""`bl.hypergradient`: a hypergradient together with what it is worth."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from bilevel import vector
+from bilevel.budget import Budget
+from bilevel.compilation import compiled
+from bilevel.error.base import ErrorEstimator, Situation, TruncationError
+from bilevel.error.correction import ResidualCorrection
+from bilevel.estimator.base import Detail, Estimator, Record, Setting, no_adjoint
+from bilevel.inner_solve import arrange, complete
+from bilevel.refinement.fidelity import Fidelity
+from bilevel.solution import Solution, Status
+from bilevel.solver.base import InnerSolver
+
+
+class Cost(eqx.Module):
+    """What a hypergradient took, all int32.
+
+    - `primal_iterations`, `adjoint_iterations`: iterations of the two solves.
+    - `operator_applications`: evaluations of the residual, or applications of the
+        operator, in the primal solve.
+    - `transposed_applications`: the same of the transpose, in the adjoint solve.
+    - `error_applications`: either, for the error estimate.
+    """
+
+    primal_iterations: Int[Array, ""]
+    adjoint_iterations: Int[Array, ""]
+    operator_applications: Int[Array, ""]
+    transposed_applications: Int[Array, ""]
+    error_applications: Int[Array, ""]
+
+
+class Hypergradient(eqx.Module):
+    """A hypergradient and what it is worth.
+
+    - `value`: the outer loss f(x, θ) at the truncated x.
+    - `gradient`: like θ, NaN where a solve failed; `None` at leaves of θ that are not
+        float or complex.
+    - `primal`, `adjoint`: the two solves. An estimator that solves no adjoint says
+        `NOT_RUN` there.
+    - `error`: estimated truncation error of the gradient against the exact one, infinite
+        where a solve failed; `None` where none was asked for.
+    - `cost`: iterations and operator applications.
+    """
+
+    value: Float[Array, ""]
+    gradient: PyTree
+    primal: Solution
+    adjoint: Solution
+    error: TruncationError | None
+    cost: Cost
+
+
+def hypergradient(
+    outer_loss: Callable[[Any, Any], Array],
+    problem: object,
+    theta: PyTree,
+    x0: PyTree,
+    *,
+    solver: InnerSolver | None = None,
+    estimator: Estimator | None = None,
+    budget: Budget | None = None,
+    adjoint_budget: Budget | None = None,
+    adjoint_guess: PyTree | None = None,
+    fidelity: Fidelity | None = None,
+    error: ErrorEstimator | bool = True,
+    history: int = 0,
+) -> Hypergradient:
+    """The hypergradient dL/dθ of L(θ) = outer_loss(x(θ), θ), and what stopping early cost it.
+
+    The same derivative as `jax.grad` through `bl.solve`, with both solves, the
+    estimated truncation error and the cost beside it.
+
+    **Arguments:**
+
+    - `outer_loss`: outer_loss(x, theta) -> real scalar.
+    - `error`: how the truncation error is estimated; [`ResidualCorrection`][] by default,
+        `False` for not at all.
+    - the others: see [`solve`][].
+
+    **Returns:** a [`Hypergradient`][].
+
+    **Raises:** as [`solve`][].
+
+    >>> import jax.numpy as jnp, bilevel as bl
+    >>> problem = bl.Minimization(lambda x, theta: jnp.sum((x - theta) ** 2))
+    >>> result = bl.hypergradient(lambda x, theta: jnp.sum(x**2), problem, 3.0, jnp.zeros(1),
+    ...                           solver=bl.GradientDescent(step_size=0.25),
+    ...                           budget=bl.Budget(iterations=4))
+    >>> round(float(result.gradient), 3), round(float(result.error.total), 3)  # exact: 6
+    (5.625, 0.375)
+    """
+    setting, estimator, _ = arrange(
+        problem,
+        theta,
+        x0,
+        solver=solver,
+        estimator=estimator,
+        budget=budget,
+        adjoint_budget=adjoint_budget,
+        adjoint_guess=adjoint_guess,
+        fidelity=fidelity,
+        probe=None,
+        history=history,
+    )
+    if not isinstance(error, ErrorEstimator | bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+        msg = f"error must be an error estimator, True or False, got {error!r}."
+        raise TypeError(msg)
+    judge = ResidualCorrection() if error is True else (error or None)
+    return _evaluate(
+        outer_loss,
+        setting.problem,
+        setting.theta,
+        setting.x0,
+        setting.solver,
+        estimator,
+        setting.budget,
+        setting.adjoint_budget,
+        setting.adjoint_guess,
+        judge,
+        setting.history,
+    )
+
+
+@compiled
+def _evaluate(
+    outer_loss: Callable[[Any, Any], Array],
+    problem: Any,
+    theta: PyTree,
+    x0: PyTree,
+    solver: Any,
+    estimator: Estimator,
+    budget: Any,
+    adjoint_budget: Any,
+    adjoint_guess: Any,
+    judge: ErrorEstimator | None,
+    history: int,
+) -> Hypergradient:
+    setting = complete(
+        Setting(problem, theta, x0, solver, budget, adjoint_budget, adjoint_guess, history)
+    )
+    moving, fixed = eqx.partition(theta, eqx.is_inexact_array)
+
+    def with_theta(moving: PyTree) -> PyTree:
+        return eqx.combine(moving, fixed)
+
+    def outer(moving: PyTree, record: Record) -> tuple[Array, Solution]:
+        full = with_theta(moving)
+        at = Setting(
+            setting.problem,
+            full,
+            setting.x0,
+            setting.solver,
+            setting.budget,
+            adjoint_budget,
+            adjoint_guess,
+            history,
+        )
+        solution = estimator.solve(at, record)
+        return _scalar(outer_loss(solution.value, full)), solution
+
+    if estimator.forward_only:
+        value, primal, gradient = _forward_gradient(outer, moving)
+        adjoint, detail = no_adjoint(x0, jnp.int32(0)), None
+    else:
+        record = Record(detail=Detail.zeros(x0))
+        (value, primal), (gradient, report) = jax.value_and_grad(
+            outer, argnums=(0, 1), has_aux=True
+        )(moving, record)
+        detail = report.detail
+        adjoint = detail.solution()
+    left = detail.residual if detail is not None and estimator.solves_adjoint else None
+    situation = Situation(
+        outer_loss=outer_loss,
+        problem=setting.problem,
+        theta=moving,
+        with_theta=with_theta,
+        x=jax.lax.stop_gradient(primal.value),
+        gradient=gradient,
+        primal=primal,
+        adjoint=adjoint,
+        adjoint_value=adjoint.value if estimator.solves_adjoint else None,
+        adjoint_residual=left,
+        linear_solver=estimator.correction_solver(setting.problem.at(theta), x0),
+    )
+    error = None if judge is None else _judged(judge, situation)
+    none = jnp.int32(0)
+    cost = Cost(
+        primal.iterations,
+        adjoint.iterations,
+        primal.applications,
+        adjoint.applications,
+        none if error is None else error.applications,
+    )
+    return Hypergradient(value, gradient, primal, adjoint, error, cost)
+
+
+def _judged(judge: ErrorEstimator, situation: Situation) -> TruncationError:
+    error = judge.estimate(situation)
+    failed = (situation.primal.status >= Status.DIVERGED) | (
+        situation.adjoint.status >= Status.DIVERGED
+    )
+    lost = failed | ~jnp.isfinite(vector.norm(situation.gradient))
+    return eqx.tree_at(
+        lambda e: (e.primal, e.adjoint, e.total),
+        error,
+        tuple(
+            jnp.where(lost | jnp.isnan(part), jnp.inf, part)
+            for part in (error.primal, error.adjoint, error.total)
+        ),
+    )
+
+
+def _forward_gradient(outer: Any, moving: PyTree) -> tuple[Array, Solution, PyTree]:
+    """One tangent for every entry of θ, all in one pass over the iteration."""
+    if any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(moving)):
+        msg = "Unrolled(mode='forward') takes real theta in bl.hypergradient; use mode='reverse'."
+        raise TypeError(msg)
+
+    def loss(moving: PyTree) -> tuple[Array, tuple[Array, Solution]]:
+        value, solution = outer(moving, Record())
+        return value, (value, solution)
+
+    gradient, (value, solution) = jax.jacfwd(loss, has_aux=True)(moving)
+    return value, solution, gradient
+
+
+def _scalar(value: Array) -> Array:
+    value = jnp.asarray(value)
+    if value.ndim != 0 or not jnp.issubdtype(value.dtype, jnp.floating):
+        msg = (
+            f"outer_loss(x, theta) must return a real scalar, got shape {value.shape} of "
+            f"{value.dtype}. Take the mean or the sum."
+        )
+        raise TypeError(msg)
+    return value

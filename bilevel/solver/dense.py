@@ -1,0 +1,152 @@
+"""The dense matrix of an operator, without multiplying by the identity."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PyTree
+
+from bilevel import vector
+from bilevel.operator import LinearOperator
+
+
+def dense_matrix(operator: LinearOperator, like: PyTree) -> Float[Array, "n n"]:
+    """The matrix of an operator: its own, or made by applying it to every unit vector.
+
+    Made so, it acts on real coordinates: real and imaginary parts of complex unknowns are
+    unknowns of their own, for a Hessian is linear over the reals only.
+
+    **Arguments:**
+
+    - `like`: a vector of the space, for its structure, shapes and dtypes.
+    """
+    if operator.matrix is not None:
+        return operator.matrix
+    flatten, unflatten = coordinates(like, real=True)
+    size = flatten(like).size
+    unit = jnp.zeros(size, vector.real_dtype(like))
+    # Row i is A eᵢ, that is column i of A.
+    rows = apply_to_identity(lambda v: flatten(operator.matvec(unflatten(v))), unit)
+    return rows if operator.symmetric else rows.T
+
+
+def coordinates(like: PyTree, *, real: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Functions from a vector to a flat array and back."""
+    flat, unravel = ravel_pytree(like)
+    if not (real and jnp.iscomplexobj(flat)):
+        return lambda v: ravel_pytree(v)[0], unravel
+
+    def flatten(v: PyTree) -> Array:
+        values = ravel_pytree(v)[0]
+        return jnp.concatenate([values.real, values.imag])
+
+    def unflatten(values: Array) -> PyTree:
+        real_part, imaginary = jnp.split(values, 2)
+        return unravel(real_part + 1j * imaginary)
+
+    return flatten, unflatten
+
+
+def apply_to_identity(function: Callable[[Array], Array], like: Array) -> Float[Array, "n m"]:
+    """A linear function applied to every unit vector: row i is function(eᵢ).
+
+    The same as `jax.vmap(function)(jnp.eye(n))`, but a matrix that meets the identity is
+    taken as it is: for a Hessian Xᵀ D X the product X·I would cost as much as all the
+    rest.
+
+    **Arguments:**
+
+    - `function`: linear, traceable, from (n,) to (m,).
+    - `like`: an array of shape (n,), for its dtype.
+    """
+    closed = jax.make_jaxpr(function)(like)
+    (outcome,) = _evaluate(closed.jaxpr, closed.consts, [_Identity(like.shape[0], like.dtype)])
+    if isinstance(outcome, _Rows | _Identity):
+        return outcome.rows()
+    return jnp.broadcast_to(outcome, (like.shape[0], *jnp.shape(outcome)))
+
+
+class _Identity:
+    """All unit vectors at once, not formed until something needs them."""
+
+    def __init__(self, size: int, dtype: Any):
+        self.size = size
+        self.dtype = dtype
+
+    def rows(self) -> Array:
+        return jnp.eye(self.size, dtype=self.dtype)
+
+
+class _Rows:
+    """A value for every unit vector, along the leading axis."""
+
+    def __init__(self, values: Array):
+        self.values = values
+
+    def rows(self) -> Array:
+        return self.values
+
+
+def _evaluate(jaxpr: core.Jaxpr, consts: Any, inputs: list[Any]) -> list[Any]:
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.invars, inputs, strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, core.Literal) else env[atom]
+
+    for equation in jaxpr.eqns:
+        values = [read(atom) for atom in equation.invars]
+        env.update(zip(equation.outvars, _apply(equation, values), strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _apply(equation: Any, values: list[Any]) -> list[Any]:
+    varying = [isinstance(value, _Identity | _Rows) for value in values]
+    inner = equation.params.get("jaxpr")
+    if any(varying) and equation.primitive.name in {"pjit", "jit"}:
+        return _evaluate(inner.jaxpr, inner.consts, values)
+    if isinstance(values[0], _Identity) and _leaves_as_is(equation):
+        return values
+    product = _matrix_times_identity(equation, values)
+    if product is not None:
+        return [product]
+
+    def bind(*operands: Any) -> list[Any]:
+        outcome = equation.primitive.bind(*operands, **equation.params)
+        return list(outcome) if equation.primitive.multiple_results else [outcome]
+
+    if not any(varying):
+        return bind(*values)
+    operands = [
+        value.rows() if flag else value for value, flag in zip(values, varying, strict=True)
+    ]
+    outcome = jax.vmap(bind, in_axes=tuple(0 if flag else None for flag in varying))(*operands)
+    return [_Rows(part) for part in outcome]
+
+
+def _leaves_as_is(equation: Any) -> bool:
+    """Whether the equation merely passes its only operand on."""
+    if equation.primitive.name not in {"split", "reshape", "convert_element_type", "copy"}:
+        return False
+    if len(equation.invars) != 1 or len(equation.outvars) != 1:
+        return False
+    before, after = equation.invars[0].aval, equation.outvars[0].aval
+    return before.shape == after.shape and before.dtype == after.dtype
+
+
+def _matrix_times_identity(equation: Any, values: list[Any]) -> _Rows | None:
+    """For a plain product of a constant and a unit vector: the constant's own slices."""
+    if equation.primitive.name != "dot_general":
+        return None
+    contracting, batch = equation.params["dimension_numbers"]
+    if any(batch) or len(contracting[0]) != 1:
+        return None
+    for place, value in enumerate(values):
+        other = values[1 - place]
+        if isinstance(value, _Identity) and not isinstance(other, _Identity | _Rows):
+            slices = jnp.moveaxis(other, contracting[1 - place][0], 0)
+            return _Rows(slices.astype(equation.outvars[0].aval.dtype))
+    return None
