@@ -25,6 +25,8 @@ class BoundProblem:
     - `symmetric`, `positive_definite`: of which kind N is; `None` for unknown.
     - `matrix_free`: whether no default may make the operator dense.
     - `precondition`: v -> M⁻¹ v, set by solvers that were given a preconditioner.
+    - `target`: the residual norm at which the caller will stop, for solvers whose
+        iteration is a cycle of smaller ones; `None` where nobody said.
     """
 
     name: str
@@ -38,6 +40,7 @@ class BoundProblem:
     positive_definite: bool | None = None
     matrix_free: bool = False
     precondition: Callable[[Any], Any] | None = None
+    target: Array | None = None
 
     def linearize(self, x: PyTree) -> LinearOperator:
         """N at x; exact and free for a linear system."""
@@ -48,6 +51,7 @@ class BoundProblem:
             matvec=lambda v: vector.negative(derivative(v)),
             symmetric=self.symmetric,
             positive_definite=self.positive_definite,
+            real_linear=True,
         )
 
     def reference(self, first_residual: Array) -> Array:
@@ -62,6 +66,15 @@ class BoundProblem:
         rhs_norm = vector.norm(self.rhs).astype(first_residual.dtype)
         return jnp.where(rhs_norm > 0, rhs_norm, first_residual)
 
+    def complex_linear(self, x: PyTree) -> bool:
+        """Whether N is linear over the complex numbers, in the space of x.
+
+        A space with real and complex leaves is a real one: a complex factor would lead out
+        of it.
+        """
+        linear = self.operator is not None and not self.operator.real_linear
+        return linear and all(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(x))
+
     def inner_product(self, x: PyTree, y: PyTree) -> Array:
         """⟨x, y⟩; its real part where N is linear over the reals only."""
-        return vector.complex_dot(x, y) if self.operator is not None else vector.dot(x, y)
+        return vector.complex_dot(x, y) if self.complex_linear(x) else vector.dot(x, y)

@@ -27,6 +27,7 @@ class ClosedProblem(eqx.Module):
     symmetric: bool | None = eqx.field(static=True)
     positive_definite: bool | None = eqx.field(static=True)
     linear: bool = eqx.field(static=True)
+    real_linear: bool = eqx.field(static=True)
 
     def operator(self, x: PyTree) -> LinearOperator:
         """N at x, with the transpose, diagonal and matrix that the problem offers.
@@ -46,6 +47,7 @@ class ClosedProblem(eqx.Module):
             matrix=matrix,
             symmetric=self.symmetric,
             positive_definite=self.positive_definite,
+            real_linear=self.real_linear,
         )
 
 
@@ -72,6 +74,7 @@ def close(problem: InnerProblem, theta: PyTree, x0: PyTree) -> ClosedProblem:
         symmetric=bound.symmetric,
         positive_definite=bound.positive_definite,
         linear=operator is not None,
+        real_linear=operator is None or operator.real_linear,
     )
 
 

@@ -24,6 +24,8 @@ class LinearOperator(eqx.Module):
     - `matrix`: the dense matrix, where there is one.
     - `symmetric`: whether A = Aᴴ; `None` for unknown.
     - `positive_definite`: whether A is also positive definite; `None` for unknown.
+    - `real_linear`: whether A is linear over the reals only, as the Hessian of complex
+        unknowns is. Adjoints and inner products are then those of the real space.
 
     >>> import jax.numpy as jnp
     >>> operator = LinearOperator(lambda v: 2.0 * v, symmetric=True)
@@ -37,6 +39,7 @@ class LinearOperator(eqx.Module):
     matrix: Array | None = None
     symmetric: bool | None = eqx.field(static=True, default=None)
     positive_definite: bool | None = eqx.field(static=True, default=None)
+    real_linear: bool = eqx.field(static=True, default=False)
 
     def transposed(self, like: PyTree) -> "LinearOperator":
         """The plain (unconjugated) transpose, acting on vectors like `like`.
@@ -74,6 +77,7 @@ class LinearOperator(eqx.Module):
             matrix=None if self.matrix is None else self.matrix.T,
             symmetric=self.symmetric,
             positive_definite=self.positive_definite,
+            real_linear=self.real_linear,
         )
 
     def adjoint_matvec(self, like: PyTree) -> Callable[[Any], Any]:
@@ -124,6 +128,7 @@ def as_operator(
             operator.matrix,
             symmetric,
             positive_definite,
+            operator.real_linear,
         )
     if isinstance(operator, jax.Array | np.ndarray):
         return _from_matrix(jnp.asarray(operator), symmetric, positive_definite)

@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import jax
 import numpy as np
@@ -195,15 +196,43 @@ NUMBER = re.compile(r"[-+]?\d+\.\d+(?:e[-+]?\d+)?")
 def test_readme_example_prints_what_the_readme_says(capsys: pytest.CaptureFixture[str]):
     example = readme_block("example")
     assert len([line for line in example.splitlines() if line.strip()]) <= 15
+    names: dict[str, Any] = {"__name__": "example"}
     with jax.enable_x64(False):
-        exec(compile(example, "README example", "exec"), {"__name__": "example"})  # noqa: S102
+        exec(compile(example, "README example", "exec"), names)  # noqa: S102
     printed, promised = capsys.readouterr().out.strip(), readme_block("output").strip()
     assert NUMBER.sub("#", printed) == NUMBER.sub("#", promised)
     np.testing.assert_allclose(
         [float(number) for number in NUMBER.findall(printed)],
         [float(number) for number in NUMBER.findall(promised)],
-        rtol=0.05,  # single precision, another machine's rounding
+        rtol=0.1,  # two digits, single precision, another machine's rounding
     )
+
+
+def test_readme_example_estimates_the_true_error(monkeypatch: pytest.MonkeyPatch):
+    """Against the closed form of ridge regression, for all four inner solves."""
+    results: list[bilevel.Hypergradient] = []
+    original = bilevel.hypergradient
+
+    def recording(*args: Any, **settings: Any) -> bilevel.Hypergradient:
+        results.append(original(*args, **settings))
+        return results[-1]
+
+    monkeypatch.setattr(bilevel, "hypergradient", recording)
+    names: dict[str, Any] = {"__name__": "example"}
+    with jax.enable_x64(False):
+        exec(compile(readme_block("example"), "README example", "exec"), names)  # noqa: S102
+    exact = exact_gradient(*(np.asarray(names[name], np.float64) for name in "XyZz"))
+    assert len(results) == 4
+    for result in results:
+        true = np.linalg.norm(np.asarray(result.gradient) - exact)
+        assert true / 2 <= float(result.error.primal + result.error.adjoint) <= 2 * true
+
+
+def exact_gradient(X: np.ndarray, y: np.ndarray, Z: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """d/dθ mean (Z w − z)² at θ = 0, where w minimises mean (X w − y)² + Σ exp(θ) w²."""
+    hessian = X.T @ X / len(y) + np.eye(X.shape[1])
+    w = np.linalg.solve(hessian, X.T @ y / len(y))
+    return -w * np.linalg.solve(hessian, 2 * Z.T @ (Z @ w - z) / len(z))
 
 
 @pytest.mark.parametrize("name", ["main-job", "test"])

@@ -91,7 +91,7 @@ class Unrolled(Estimator):
         bound = setting.problem.at(setting.theta)
         solver.check(bound)
         bound = solver.prepare(bound, setting.x0)
-        iteration, state, residual = begin(bound, solver, setting.x0)
+        iteration, state, residual = begin(bound, solver, setting.x0, budget)
         if self.mode == "forward":
             final, solution, _ = drive(iteration, state, residual, budget, history=history)
         else:

@@ -80,7 +80,7 @@ def compare(
     build = _same(task) if isinstance(task, Task) else task
     numbers = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
     first = _built(build, numbers[0] if numbers else 0)
-    chosen = policies if policies is not None else _recommended(first)
+    chosen = policies if policies is not None else recommended(first)
     settings = validated(
         ComparisonSettings,
         "compare",
@@ -91,7 +91,8 @@ def compare(
         directory=directory,
     )
     parsed = parse_policies(",".join(settings.policies))
-    _check(parsed, first, settings, overwrite=overwrite)
+    check_policies(parsed, first, settings.target)
+    _check_settings(settings, overwrite=overwrite)
     common = {
         "optimizer": optimizer,
         "epochs": epochs,
@@ -216,28 +217,34 @@ def _built(build: Callable[[int], Task], seed: int) -> Task:
     return task
 
 
-def _recommended(task: Task) -> tuple[str, ...]:
+def recommended(task: Task) -> tuple[str, ...]:
+    """The policies that a task recommends, else the full solve and its default.
+
+    **Raises:** `ValueError` for a task without controller, ladder and full fidelity.
+    """
     if task.policies:
         return tuple(task.policies)
     return tuple(dict.fromkeys(("full", default_policy(task))))
 
 
-def _check(
-    policies: Sequence[Policy], task: Task, settings: ComparisonSettings, *, overwrite: bool
-) -> None:
-    """Refuse before hours of training what would fail after them."""
+def check_policies(policies: Sequence[Policy], task: Task, target: float | None) -> None:
+    """Refuse before hours of training what would fail after them.
+
+    **Raises:** `ValueError` for a policy that the task or the comparison cannot serve.
+    """
     kinds = {policy.kind for policy in policies}
     for policy in policies:
         if policy.kind != "best-fixed":
             controller_for(policy, task)
         elif task.ladder is None:
-            msg = f"compare: {policy.text} searches a ladder; give the task ladder=."
+            msg = f"policy {policy.text!r} searches a ladder; give the task ladder=."
             raise ValueError(msg)
-        elif settings.target is None and "full" not in kinds:
-            msg = (
-                f"compare: {policy.text} needs a target: add full to the policies, or give target=."
-            )
+        elif target is None and "full" not in kinds:
+            msg = f"policy {policy.text!r} needs full among the policies, or a target."
             raise ValueError(msg)
+
+
+def _check_settings(settings: ComparisonSettings, *, overwrite: bool) -> None:
     for name in ("seeds", "policies"):
         values = getattr(settings, name)
         if len(set(values)) < len(values):

@@ -85,8 +85,9 @@ class Task:
     - `policies`: what `compare` runs by default, such as ``("full", "prdp")``.
     - `projection`: ``projection(theta) -> theta`` onto the admissible set, applied after
         every update.
-    - `report`: ``report(runs, directory)``, called by the command line when training is
-        over, for a table or a picture of the task's own.
+    - `report`: ``report(runs, directory)``, called by the command line with all finished
+        runs and their directory (`None` if nothing is kept), for a table or a picture of
+        the task's own.
     - `jit_validate`: whether `validate` is compiled; `False` calls it as it is, for
         metrics that leave JAX.
 
@@ -116,7 +117,7 @@ class Task:
     controller: Any | None = None
     policies: Sequence[str] = ()
     projection: Callable[[PyTree], PyTree] | None = None
-    report: Callable[[Sequence[Any], Path], object] | None = None
+    report: Callable[[Sequence[Any], Path | None], object] | None = None
     jit_validate: bool = True
 
     def __post_init__(self) -> None:

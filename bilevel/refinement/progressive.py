@@ -203,7 +203,7 @@ def _taken(state: ProgressiveState, entry: Float[Array, ""], rule: _Rule) -> Pro
     if rule.weight is not None:
         before = smoothed[state.newest]
         # As an increment a metric that does not move leaves the average as it is, to the
-        # last bit; as a weighted sum it would wander, and rounding would look like change.
+        # last bit; as a weighted sum it would wander, and rounding would pass for a rise.
         average = before + rule.weight * (entry - before)
         latest = jnp.where(state.entries == 0, entry, average)
     newest = (state.newest + 1) % rule.window

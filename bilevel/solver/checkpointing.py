@@ -8,6 +8,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 from jaxtyping import Array, Int, PyTree
 
 from bilevel import vector
@@ -153,18 +154,28 @@ class Linearization:
         self.active = active
         self.rest = rest
         self.no_residual = residual
-        self.treedef: Any = None
+        structure: list[Any] = []
 
         def split(active: Any, state: Any, residual: Any) -> Any:
-            return self._differentiate(active, state, residual)
+            def full(active: Any, state: Any, residual: Any) -> Any:
+                return eqx.combine(active, self.rest).full(state, residual)
 
+            outcome, pull = jax.vjp(full, active, state, residual)
+            leaves, treedef = jax.tree.flatten(pull)
+            structure.append(treedef)
+            return outcome, [jnp.asarray(leaf) for leaf in leaves]
+
+        # Traced once and replayed: how many arrays a derivative consists of may differ
+        # between two traces, as an array that comes in twice is kept once or twice.
         closed = jax.make_jaxpr(split)(active, state, residual)
+        self.treedef = structure[0]
+        self.program = core.jaxpr_as_fun(closed)
+        self.outcome = jax.tree.structure((state, residual))
         constants = len(jax.tree.leaves(active))
         variables = len(closed.jaxpr.invars) - constants
         flags = depends(closed, [False] * constants + [True] * variables)
-        outputs = len(jax.tree.leaves((state, residual)))
-        self.changes = flags[outputs:]
-        _, leaves = split(active, state, residual)
+        self.changes = flags[self.outcome.num_leaves :]
+        _, leaves = self._differentiate(state, residual)
         self.fixed = [
             None if changes else leaf for leaf, changes in zip(leaves, self.changes, strict=True)
         ]
@@ -175,17 +186,14 @@ class Linearization:
         ]
         self.step_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in self.varying)
 
-    def _differentiate(self, active: Any, state: Any, residual: Any) -> Any:
-        def full(active: Any, state: Any, residual: Any) -> Any:
-            return eqx.combine(active, self.rest).full(state, residual)
-
-        outcome, pull = jax.vjp(full, active, state, residual)
-        leaves, self.treedef = jax.tree.flatten(pull)
-        return outcome, [jnp.asarray(leaf) for leaf in leaves]
+    def _differentiate(self, state: Any, residual: Any) -> Any:
+        outputs = self.program(*jax.tree.leaves((self.active, state, residual)))
+        count = self.outcome.num_leaves
+        return jax.tree.unflatten(self.outcome, outputs[:count]), outputs[count:]
 
     def forward(self, state: Any, residual: Any) -> tuple[Any, list[Array]]:
         """One full step, and the part of its derivative that changes."""
-        outcome, leaves = self._differentiate(self.active, state, residual)
+        outcome, leaves = self._differentiate(state, residual)
         varying = [leaf for leaf, changes in zip(leaves, self.changes, strict=True) if changes]
         return outcome, varying
 

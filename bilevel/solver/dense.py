@@ -148,5 +148,8 @@ def _matrix_times_identity(equation: Any, values: list[Any]) -> _Rows | None:
         other = values[1 - place]
         if isinstance(value, _Identity) and not isinstance(other, _Identity | _Rows):
             slices = jnp.moveaxis(other, contracting[1 - place][0], 0)
+            # A captured matrix is a constant to XLA, which would fold Xᵀ X while compiling,
+            # in minutes; behind a barrier it is no constant.
+            slices = jax.lax.optimization_barrier(slices)
             return _Rows(slices.astype(equation.outvars[0].aval.dtype))
     return None

@@ -1,14 +1,17 @@
 """A solver on a problem: the functions the loop calls."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from bilevel import vector
 from bilevel.bound import BoundProblem
+from bilevel.budget import Budget
 from bilevel.solver.base import InnerSolver
 
 
@@ -46,13 +49,15 @@ class Iteration(eqx.Module):
 
 
 def begin(
-    problem: BoundProblem, solver: InnerSolver, x0: PyTree
+    problem: BoundProblem, solver: InnerSolver, x0: PyTree, budget: Budget
 ) -> tuple[Iteration, PyTree, PyTree]:
     """The iteration of a solver on a problem, with its first state and residual."""
     state = solver.init(problem, x0)
     residual = solver.residual(problem, state)
     norm = vector.norm(residual)
     scale = problem.reference(norm)
+    target = jax.lax.stop_gradient(stopping_norm(budget, scale, vector.epsilon(residual)))
+    problem = dataclasses.replace(problem, target=target)
     iteration = Iteration(
         solver=solver,
         update=lambda state, residual: solver.step(problem, state, residual),
@@ -63,6 +68,18 @@ def begin(
         noise=_noise(problem, norm, scale, x0),
     )
     return iteration, state, residual
+
+
+def stopping_norm(budget: Budget, scale: Array, epsilon: float) -> Array:
+    """The residual norm at which an iteration is done.
+
+    Nobody can ask for less than rounding leaves; an iteration pushed past it decays.
+    """
+    dtype = scale.dtype
+    asked = jnp.maximum(
+        jnp.asarray(budget.rtol, dtype) * scale, jnp.asarray(budget.atol, dtype)
+    )
+    return jnp.maximum(asked, epsilon * scale)
 
 
 def close_iteration(iteration: Iteration, state: PyTree, residual: PyTree) -> Iteration:

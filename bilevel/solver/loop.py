@@ -14,7 +14,7 @@ from bilevel.bound import BoundProblem
 from bilevel.budget import Budget
 from bilevel.solution import Solution, Status
 from bilevel.solver.base import InnerSolver
-from bilevel.solver.iteration import Iteration, begin
+from bilevel.solver.iteration import Iteration, begin, stopping_norm
 
 BLOW_UP = 1e8
 """A residual this many times the start's counts as divergence: 27 doublings."""
@@ -82,7 +82,7 @@ def run(
     - `minimum`: iterations done however good the start is, unless its residual is zero.
     - `history`: length of the residual history to keep, static; 0 keeps none.
     """
-    iteration, state, residual = begin(problem, solver, x0)
+    iteration, state, residual = begin(problem, solver, x0, budget)
     _, solution, _ = drive(
         iteration, state, residual, budget, minimum=minimum, history=history, restarts=True
     )
@@ -207,19 +207,13 @@ def _limits(
     minimum: int,
     limit: int | None,
 ) -> Limits:
-    dtype = norm.dtype
     scale = iteration.scale
-    # Nobody can ask for less than rounding leaves; an iteration pushed past it decays.
-    tolerance = jnp.maximum(
-        jnp.maximum(jnp.asarray(budget.rtol, dtype) * scale, jnp.asarray(budget.atol, dtype)),
-        epsilon * scale,
-    )
     iterations = jnp.asarray(budget.iterations, jnp.int32)
     return Limits(
         budget=iterations,
         iterations=iterations if limit is None else jnp.minimum(iterations, limit),
         minimum=jnp.int32(minimum),
-        tolerance=tolerance,
+        tolerance=stopping_norm(budget, scale, epsilon),
         start=norm,
         reference=jnp.maximum(norm, scale),
     )

@@ -72,6 +72,17 @@ def test_levels_of_any_shape_are_looked_up_together():
     np.testing.assert_array_equal(fidelity.adjoint_budget.iterations, [[2, 4], [8, 16]])
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "uint32", "int64"])
+def test_levels_of_any_integer_dtype_are_int32_inside(dtype):
+    ladder = Ladder.iterations(100, 100, 50_000)
+    for look_up in (ladder.fidelity, jax.jit(ladder.fidelity)):
+        fidelity = look_up(jnp.asarray(100, dtype))
+        assert int(fidelity.budget.iterations) == 10_100
+        assert fidelity.level.dtype == jnp.int32
+    top = ladder.fidelity(jnp.asarray([jnp.iinfo(dtype).max], dtype))
+    assert int(top.level[0]) == min(jnp.iinfo(dtype).max, 499)
+
+
 def test_the_published_ladder_has_59_budgets_capped_at_600():
     ladder = Ladder.iterations(start=25, step=10, stop=600)
     assert counts(ladder) == [*range(25, 600, 10), 600]
@@ -264,6 +275,11 @@ def test_representation_names_what_changes():
         (lambda: Ladder.tolerances(1e-8, 0.1, 1e-1), ValueError, "start 1e-08 finer than stop 0.1"),
         (lambda: Ladder.tolerances(iterations=0), ValueError, "iterations should be greater"),
         (lambda: Ladder.from_schedule(0.1, 3), ValueError, "schedule should be callable"),
+        (
+            lambda: Ladder.from_schedule(eqx.Partial(jnp.add, jnp.ones(2)), 3),
+            ValueError,
+            "schedule should be hashable",
+        ),
         (lambda: Ladder.from_schedule(lambda level: -1.0, 3), ValueError, "at level 0"),
         (lambda: Ladder.from_schedule(lambda level: 0.0 * level, 3), ValueError, "nothing would"),
         (lambda: Ladder.from_schedule(lambda level: 1.0), TypeError, "argument levels is missing"),

@@ -1,0 +1,67 @@
+"""`main`: from the words of a command line to an exit code."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from bilevel.cli.failure import DONE, FAILED, INTERRUPTED, MISUSED, TaskError, UsageError, say
+from bilevel.cli.parser import parse
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    **Arguments:**
+
+    - `argv`: the words after the program's name; `sys.argv` by default.
+
+    **Returns:** the exit code: 0 done, 1 the run or the user's file failed, 2 misused, 130
+    interrupted by Ctrl-C.
+
+    >>> main(["--version"])
+    bilevel ...
+    0
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(words)
+    except UsageError as error:
+        say(str(error))
+        return MISUSED
+    except TaskError:
+        return FAILED
+    except KeyboardInterrupt:
+        say("interrupted.")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has left; the interpreter must not trip over it at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def _main(words: list[str]) -> int:
+    if words == ["--version"]:
+        import bilevel
+
+        print(f"bilevel {bilevel.__version__}")
+        return DONE
+    try:
+        options = parse(words)
+    except SystemExit as leave:  # argparse has printed its help
+        return int(leave.code or DONE)
+    # Each command imports what it needs: help and errors come at once.
+    if options.command == "run":
+        from bilevel.cli.run import run
+
+        return run(options)
+    if options.command == "compare":
+        from bilevel.cli.compare import compare
+
+        return compare(options)
+    if options.command == "plot":
+        from bilevel.cli.plot import plot
+
+        return plot(options)
+    from bilevel.cli.info import info
+
+    return info(options)

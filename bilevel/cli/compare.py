@@ -1,0 +1,64 @@
+"""`bilevel compare`: train a task under several policies."""
+
+import argparse
+
+from bilevel.cli.failure import DONE, INTERRUPTED, UsageError, say
+from bilevel.cli.training import check_trainable, console, directory_for, load, report
+from bilevel.outer.compare import check_policies, compare as compare_policies, recommended
+from bilevel.outer.comparison import COMPARISON_FILE
+from bilevel.outer.plotting import MissingPlotsError, plot_runs
+from bilevel.outer.policy import parse_policies
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Compare the policies that the options name.
+
+    **Returns:** the exit code.
+    """
+    file = load(options)
+    task = file.build(options.seeds[0])
+    check_trainable(task, options)
+    try:
+        written = options.policies
+        policies = parse_policies(",".join(recommended(task)) if written is None else written)
+        check_policies(policies, task, options.target)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    directory = directory_for(options, f"{task.name}-comparison")
+    if directory is not None and (directory / COMPARISON_FILE).exists() and not options.overwrite:
+        msg = f"{directory} holds a comparison already; add --overwrite, or name another directory."
+        raise UsageError(msg)
+    with file.guard():
+        outcome = compare_policies(
+            file.build,
+            [policy.text for policy in policies],
+            options.seeds,
+            epochs=options.epochs,
+            directory=directory,
+            target=options.target,
+            margin=options.margin,
+            progress=not options.quiet,
+            overwrite=options.overwrite,
+        )
+    out = console()
+    print(outcome.to_json()) if options.json else out.print(outcome.table())
+    runs = [run for group in outcome.runs.values() for run in group]
+    if directory is not None and any(run.history for run in runs):
+        try:
+            picture = plot_runs(
+                outcome.runs,
+                directory / "comparison.png",
+                title=outcome.task,
+                metric_name=outcome.metric_name,
+            )
+        except MissingPlotsError as error:
+            say(f"no picture: {error}")
+        else:
+            if not options.json:
+                out.print(f"kept in {directory}, picture in {picture}", soft_wrap=True)
+    report(file, task, runs, directory)
+    if outcome.interrupted:
+        kept = "" if directory is None else f"; what was done so far is in {directory}"
+        say(f"interrupted{kept}")
+        return INTERRUPTED
+    return DONE

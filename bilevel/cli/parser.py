@@ -1,0 +1,213 @@
+"""The options of each command."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from bilevel.cli.failure import UsageError, nearest
+
+_POLICIES = """policies:
+  full                     the full solve in every step
+  fixed=K, fixed=K:M       K primal and M adjoint iterations (M = K if not given)
+  best-fixed[=RUNS]        the constant level with the least work to the target, searched
+                           with RUNS runs (8 if not given); in comparisons only
+  schedule=linear:STEP     STEP levels up the ladder every epoch
+  hoag=SEQUENCE            HOAG's tolerances: exponential, quadratic or cubic
+  prdp                     progressive refinement, the published rule
+  error                    the gradient's error kept below its norm
+  task                     the controller that the task brings
+"""
+
+_FILE = """the file:
+  holds `task = bl.Task(...)` or `def task(name=default, ...) -> bl.Task`, whose arguments
+  --set name=value sets; with several tasks in it, FILE.py:NAME chooses one
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises instead of printing usage and leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the message as one line."""
+        raise UsageError(message)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options of a command line.
+
+    **Raises:** `UsageError`, with the nearest known name for an unknown one.
+    """
+    parser, commands = _parsers()
+    words = [word for word in argv if not word.startswith("-")]
+    first_option = next((word for word in argv if word.startswith("-")), "")
+    if words and words[0] not in commands and argv[0] == words[0]:
+        msg = f"there is no command {words[0]!r}{nearest(words[0], commands)}"
+        raise UsageError(msg)
+    options, surplus = parser.parse_known_args(argv)
+    if surplus:
+        known = commands[options.command] if options.command else parser
+        raise UsageError(_surplus(surplus[0], known))
+    if options.command is None:
+        what = f"{first_option} needs a command" if first_option else "which command"
+        msg = f"{what}? There is {', '.join(commands)}; see bilevel --help."
+        raise UsageError(msg)
+    return options
+
+
+def _surplus(argument: str, parser: argparse.ArgumentParser) -> str:
+    if not argument.startswith("-"):
+        return f"one argument too many: {argument!r}."
+    option = argument.partition("=")[0]
+    known = [name for action in parser._actions for name in action.option_strings]  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+    return f"there is no option {option}{nearest(option, known)}"
+
+
+def _parsers() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
+    parser = Parser(
+        prog="bilevel",
+        description="Train through inner solves, at the accuracy that training needs.",
+        epilog="bilevel COMMAND --help says more.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and leave")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    run = _command(commands, "run", "train a task", f"{_FILE}\n{_POLICIES}")
+    _add_task(run)
+    run.add_argument("--policy", metavar="P", help="how accurate each step is (see below)")
+    run.add_argument("--seed", type=_seed, default=0, metavar="N", help="random seed (0)")
+    run.add_argument("--resume", action="store_true", help="go on with the run in --directory")
+    _add_output(run)
+
+    compare = _command(
+        commands, "compare", "train a task under several policies", f"{_FILE}\n{_POLICIES}"
+    )
+    _add_task(compare)
+    compare.add_argument(
+        "--policies", metavar="P,P,...", help="what to compare (the task's own, else full,prdp)"
+    )
+    compare.add_argument(
+        "--seeds",
+        type=_seeds,
+        default=(0,),
+        metavar="N",
+        help="how many seeds, from 0; or a list with commas in it, such as 1,2,25 (1)",
+    )
+    compare.add_argument(
+        "--target",
+        type=_real,
+        metavar="X",
+        help="metric that policies are timed to (the final one of full)",
+    )
+    compare.add_argument(
+        "--margin",
+        type=_share,
+        default=0.05,
+        metavar="X",
+        help="part of full's final metric by which another may miss it (0.05)",
+    )
+    _add_output(compare)
+
+    plot = _command(commands, "plot", "draw a run or a comparison", None)
+    plot.add_argument("run", type=Path, metavar="RUN", help="directory of a run or comparison")
+    plot.add_argument(
+        "--output", type=Path, metavar="FILE", help="picture to write (a PNG in the directory)"
+    )
+
+    info = _command(commands, "info", "versions, devices, adapters, and what is missing", None)
+    info.add_argument("--json", action="store_true", help="print JSON")
+    return parser, dict(commands.choices)
+
+
+def _command(commands: Any, name: str, summary: str, epilog: str | None) -> Parser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _add_task(parser: Parser) -> None:
+    parser.add_argument("task", metavar="FILE.py[:NAME]", help="the task (see below)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        type=_assignment,
+        default=[],
+        metavar="NAME=VALUE",
+        dest="settings",
+        help="an argument of the task's function; may be given several times",
+    )
+    parser.add_argument("--epochs", type=_whole, metavar="N", help="how long (the task's own)")
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument(
+        "--x64", action="store_true", help="double precision by default, if the file does not say"
+    )
+    precision.add_argument(
+        "--float32", action="store_true", help="single precision, if the file does not say"
+    )
+
+
+def _add_output(parser: Parser) -> None:
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument(
+        "--directory", type=Path, metavar="DIR", help="where to keep it (a new one in runs/)"
+    )
+    kept.add_argument("--discard", action="store_true", help="keep nothing")
+    parser.add_argument("--overwrite", action="store_true", help="replace what --directory holds")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def _whole(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        msg = f"{word!r} is no whole number of 1 or more."
+        raise argparse.ArgumentTypeError(msg)
+    return int(word)
+
+
+def _seed(word: str) -> int:
+    if not word.isdecimal() or int(word) >= 2**32:
+        msg = f"{word!r} is no seed: a whole number from 0 to 2**32 - 1."
+        raise argparse.ArgumentTypeError(msg)
+    return int(word)
+
+
+def _seeds(word: str) -> tuple[int, ...]:
+    if "," not in word:
+        return tuple(range(_whole(word)))
+    seeds = tuple(_seed(part.strip()) for part in word.split(",") if part.strip())
+    if not seeds or len(set(seeds)) < len(seeds):
+        msg = f"{word!r} should list seeds that differ from each other, such as 1,2,25."
+        raise argparse.ArgumentTypeError(msg)
+    return seeds
+
+
+def _real(word: str) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        value = float("nan")
+    if not abs(value) < float("inf"):
+        msg = f"{word!r} is no finite number."
+        raise argparse.ArgumentTypeError(msg)
+    return value
+
+
+def _share(word: str) -> float:
+    value = _real(word)
+    if value < 0:
+        msg = f"{word!r} is negative."
+        raise argparse.ArgumentTypeError(msg)
+    return value
+
+
+def _assignment(word: str) -> tuple[str, str]:
+    name, separator, value = word.partition("=")
+    if not separator or not name.isidentifier():
+        msg = f"{word!r} is not of the form NAME=VALUE."
+        raise argparse.ArgumentTypeError(msg)
+    return name, value

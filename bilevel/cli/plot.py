@@ -1,0 +1,51 @@
+"""`bilevel plot`: draw a run or a comparison."""
+
+import argparse
+from pathlib import Path
+
+from bilevel.cli.failure import DONE, FAILED, UsageError, say
+from bilevel.outer.comparison import COMPARISON_FILE, Comparison
+from bilevel.outer.plotting import MissingPlotsError, plot_runs
+from bilevel.outer.run import SUMMARY_FILE, Run
+
+_FORMATS = (".png", ".pdf", ".svg")
+
+
+def plot(options: argparse.Namespace) -> int:
+    """Draw what the options name.
+
+    **Returns:** the exit code.
+    """
+    directory: Path = options.run
+    output: Path | None = options.output
+    if output is not None and output.suffix.lower() not in _FORMATS:
+        msg = f"--output {output}: the ending should be one of {', '.join(_FORMATS)}."
+        raise UsageError(msg)
+    if not directory.is_dir():
+        msg = f"there is no directory {directory}."
+        raise UsageError(msg)
+    try:
+        if (directory / COMPARISON_FILE).is_file():
+            comparison = Comparison.read(directory)
+            runs, title = comparison.runs, comparison.task
+            metric_name, default = comparison.metric_name, "comparison.png"
+        elif (directory / SUMMARY_FILE).is_file():
+            run = Run.read(directory)
+            runs, title = {run.summary.policy: [run]}, run.summary.task
+            metric_name, default = run.summary.metric_name, "run.png"
+        else:
+            msg = (
+                f"{directory} holds neither a run nor a comparison: there is no {SUMMARY_FILE} "
+                f"and no {COMPARISON_FILE} in it."
+            )
+            raise UsageError(msg)
+        picture = plot_runs(
+            runs, output or directory / default, title=title, metric_name=metric_name
+        )
+    except (ValueError, FileNotFoundError) as error:
+        raise UsageError(str(error)) from error
+    except MissingPlotsError as error:
+        say(str(error))
+        return FAILED
+    print(picture)
+    return DONE

@@ -1,0 +1,60 @@
+"""`bilevel run`: train a task."""
+
+import argparse
+
+from bilevel.cli.failure import DONE, FAILED, INTERRUPTED, UsageError, say
+from bilevel.cli.training import check_trainable, console, directory_for, load, report
+from bilevel.outer.assignment import controller_for, default_policy
+from bilevel.outer.optimize import NonFiniteError, optimize
+from bilevel.outer.policy import parse_policy
+from bilevel.outer.run import CHECKPOINT_FILE, holds_run
+from bilevel.outer.run import INTERRUPTED as STATUS_INTERRUPTED
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train the task that the options name.
+
+    **Returns:** the exit code.
+    """
+    if options.resume and options.directory is None:
+        msg = "--resume needs --directory, the one the run was kept in."
+        raise UsageError(msg)
+    file = load(options)
+    task = file.build(options.seed)
+    check_trainable(task, options)
+    try:
+        policy = parse_policy(options.policy or default_policy(task))
+        controller = controller_for(policy, task)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    directory = directory_for(options, f"{task.name}-{policy.text}")
+    if directory is not None:
+        if options.resume and not (directory / CHECKPOINT_FILE).is_file():
+            msg = f"{directory} holds no run to go on with: there is no {CHECKPOINT_FILE} in it."
+            raise UsageError(msg)
+        if holds_run(directory) and not (options.overwrite or options.resume):
+            msg = f"{directory} holds a run already; add --overwrite or --resume, or name another."
+            raise UsageError(msg)
+    try:
+        with file.guard():
+            outcome = optimize(
+                task,
+                controller=controller,
+                epochs=options.epochs,
+                directory=directory,
+                seed=options.seed,
+                progress=not options.quiet,
+                overwrite=options.overwrite,
+                resume=options.resume,
+                label=policy.text,
+            )
+    except NonFiniteError as error:
+        say(str(error))
+        return FAILED
+    print(outcome.summary.to_json()) if options.json else console().print(outcome.table())
+    report(file, task, [outcome], directory)
+    if outcome.status == STATUS_INTERRUPTED:
+        kept = "" if directory is None else f"; what was done so far is in {directory}"
+        say(f"{outcome.summary.message}{kept}")
+        return INTERRUPTED
+    return DONE

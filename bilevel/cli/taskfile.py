@@ -1,0 +1,246 @@
+"""Task files: from `FILE.py:NAME` and `--set` to tasks."""
+
+import ast
+import importlib.util
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from bilevel.cli.failure import TaskError, UsageError, nearest, show_traceback
+from bilevel.outer.task import Task
+
+_NAME = "task"
+
+
+class TaskFile:
+    """A task in a user's file, with what was set for it.
+
+    **Arguments:**
+
+    - `target`: ``FILE.py`` or ``FILE.py:NAME``.
+    - `settings`: arguments of the task's function as written, by name.
+
+    **Raises:** `UsageError` for a missing file, a file without the task, or an argument
+    that the function does not take; `TaskError` if the file raises, after showing the
+    traceback.
+    """
+
+    def __init__(self, target: str, settings: Sequence[tuple[str, str]] = ()):
+        self.file, name = _split(target)
+        with self.guard():
+            module = _load(self.file)
+        self._name = name or _only_name(module, self.file)
+        self._found = _lookup(module, self._name, self.file)
+        self._arguments = _arguments(self._found, self._name, settings)
+
+    def build(self, seed: int) -> Task:
+        """The task, made anew with a seed where its function takes one.
+
+        **Raises:** `TaskError` if the function raises, `UsageError` if it returns no task.
+        """
+        if isinstance(self._found, Task):
+            return self._found
+        arguments = dict(self._arguments)
+        if "seed" in inspect.signature(self._found).parameters:
+            arguments.setdefault("seed", seed)
+        with self.guard():
+            task = self._found(**arguments)
+        if not isinstance(task, Task):
+            msg = f"{self._name} in {self.file} returned {_kind(task)}, not a bilevel Task."
+            raise UsageError(msg)
+        return task
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Whatever the user's code raises is shown as its own traceback."""
+        try:
+            yield
+        except (UsageError, TaskError):
+            raise
+        except (Exception, SystemExit) as error:
+            show_traceback(error, self.file)
+            raise TaskError from error
+
+
+def _split(target: str) -> tuple[Path, str | None]:
+    name: str | None = None
+    if not Path(target).exists() and ":" in target:
+        target, _, name = target.rpartition(":")
+        if not name.isidentifier():
+            msg = f"{name!r} is no name of a task; write FILE.py:NAME."
+            raise UsageError(msg)
+    path = Path(target)
+    if path.is_dir():
+        msg = f"{path} is a directory; name a Python file in it."
+        raise UsageError(msg)
+    if not path.is_file():
+        siblings = (
+            [str(found) for found in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        )
+        near = nearest(str(path), siblings) if siblings else "."
+        msg = f"there is no file {path}{near if 'mean' in near else '.'}"
+        raise UsageError(msg)
+    return path, name
+
+
+def _load(file: Path) -> types.ModuleType:
+    name = f"bilevel_task_{file.stem}"
+    loader = importlib.machinery.SourceFileLoader(name, str(file.resolve()))
+    spec = importlib.util.spec_from_file_location(name, file, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses and pickles look their module up, and files beside this one are imported
+    # as they would be if it were run as a script.
+    sys.modules[name] = module
+    sys.path.insert(0, str(file.resolve().parent))
+    loader.exec_module(module)
+    return module
+
+
+def _names(module: types.ModuleType) -> list[str]:
+    """Tasks in a module, and functions of its own that say they return one."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and (isinstance(value, Task) or _returns_task(value, module) or name == _NAME)
+    ]
+
+
+def _returns_task(value: object, module: types.ModuleType) -> bool:
+    if not inspect.isfunction(value) or value.__module__ != module.__name__:
+        return False
+    annotation = inspect.signature(value).return_annotation
+    if isinstance(annotation, str):
+        return annotation.rpartition(".")[2] == Task.__name__
+    return annotation is Task
+
+
+def _only_name(module: types.ModuleType, file: Path) -> str:
+    names = _names(module)
+    if _NAME in names:
+        return _NAME
+    if not names:
+        msg = (
+            f"{file} holds no task: it should have `task = bl.Task(...)` or "
+            "`def task(...) -> bl.Task`."
+        )
+        raise UsageError(msg)
+    if len(names) > 1:
+        msg = f"{file} holds {len(names)} tasks; choose one: " + ", ".join(
+            f"{file.name}:{name}" for name in names
+        )
+        raise UsageError(msg)
+    return names[0]
+
+
+def _lookup(module: types.ModuleType, name: str, file: Path) -> Any:
+    if not hasattr(module, name):
+        msg = f"{file} has no {name!r}{nearest(name, _names(module))}"
+        raise UsageError(msg)
+    found = getattr(module, name)
+    if isinstance(found, Task) or (callable(found) and not isinstance(found, type)):
+        return found
+    msg = f"{name} in {file} is {_kind(found)}, not a bilevel Task or a function that returns one."
+    raise UsageError(msg)
+
+
+def _arguments(found: Any, name: str, settings: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """The arguments of a task's function, in the types that it asks for."""
+    if isinstance(found, Task):
+        if settings:
+            msg = (
+                f"{name} is a Task and has nothing to set; make it a function, "
+                f"`def {name}({settings[0][0]}=...) -> bl.Task`, to set {settings[0][0]}."
+            )
+            raise UsageError(msg)
+        return {}
+    parameters = {
+        parameter.name: parameter
+        for parameter in inspect.signature(found).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+    arguments: dict[str, Any] = {}
+    for setting, written in settings:
+        if setting not in parameters:
+            msg = f"{name} has no argument {setting!r}{nearest(setting, parameters)}"
+            raise UsageError(msg)
+        arguments[setting] = _typed(written, _type_of(found, parameters[setting]), setting)
+    missing = [
+        parameter.name
+        for parameter in parameters.values()
+        if parameter.default is parameter.empty and parameter.name not in {*arguments, "seed"}
+    ]
+    if missing:
+        msg = f"{name} needs {', '.join(missing)}: give --set {missing[0]}=VALUE."
+        raise UsageError(msg)
+    return arguments
+
+
+def _type_of(function: Callable[..., Any], parameter: inspect.Parameter) -> Any:
+    """The annotation, else the type of the default; `None` where neither says it."""
+    try:
+        hints: Mapping[str, Any] = typing.get_type_hints(function, include_extras=True)
+    except Exception:  # noqa: BLE001
+        # An annotation that only a type checker can resolve says nothing here.
+        hints = {}
+    if parameter.name in hints:
+        return hints[parameter.name]
+    if parameter.default in (None, parameter.empty):
+        return None
+    return type(parameter.default)
+
+
+def _typed(written: str, kind: Any, name: str) -> Any:
+    if kind is None:
+        try:
+            return ast.literal_eval(written)
+        except (ValueError, SyntaxError):
+            return written
+    if kind in (list, tuple, set, dict):
+        return _literal(written, kind, name)
+    adapter = pydantic.TypeAdapter[Any](kind, config=_config(kind))
+    if written.lower() == "none" and types.NoneType in typing.get_args(kind):
+        return None
+    try:
+        return adapter.validate_strings(written)
+    except pydantic.ValidationError as error:
+        first = error
+    try:
+        return adapter.validate_json(written)
+    except pydantic.ValidationError:
+        message = first.errors(include_url=False)[0]["msg"].removeprefix("Input ")
+        msg = f"--set {name}={written}: {name} {message}."
+        raise UsageError(msg) from None
+
+
+def _config(kind: Any) -> pydantic.ConfigDict | None:
+    # Types with a configuration of their own refuse another.
+    own = isinstance(kind, type) and hasattr(kind, "__pydantic_config__")
+    return None if own else pydantic.ConfigDict(arbitrary_types_allowed=True)
+
+
+def _literal(written: str, kind: type, name: str) -> Any:
+    try:
+        value = ast.literal_eval(written)
+    except (ValueError, SyntaxError):
+        value = None
+    if not isinstance(value, kind):
+        msg = f"--set {name}={written}: {name} should be a Python {kind.__name__}."
+        raise UsageError(msg)
+    return value
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if inspect.ismodule(value):
+        return "a module"
+    return f"of type {type(value).__name__}"

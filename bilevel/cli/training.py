@@ -1,0 +1,74 @@
+"""What `run` and `compare` have in common: precision, directories, reports."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from bilevel.cli.failure import UsageError
+from bilevel.cli.taskfile import TaskFile
+from bilevel.outer.run import Run
+from bilevel.outer.task import Task
+
+ROOT = Path("runs")
+_WIDE = 120
+
+
+def load(options: argparse.Namespace) -> TaskFile:
+    """The task file of a command, in the precision it asks for."""
+    # Before the file runs, which may say otherwise.
+    if options.x64 or options.float32:
+        jax.config.update("jax_enable_x64", bool(options.x64))
+    return TaskFile(options.task, options.settings)
+
+
+def check_trainable(task: Task, options: argparse.Namespace) -> None:
+    """Refuse what would fail after compiling.
+
+    **Raises:** `UsageError`.
+    """
+    if task.optimizer is None:
+        msg = (
+            f"the task {task.name!r} names no optimizer: give its Task optimizer=optax.adam(1e-3)."
+        )
+        raise UsageError(msg)
+    if options.epochs is None and task.epochs is None:
+        msg = f"the task {task.name!r} does not say how long it trains: give --epochs N."
+        raise UsageError(msg)
+
+
+def directory_for(options: argparse.Namespace, name: str) -> Path | None:
+    """Where a command keeps its results: as asked, or a new folder under `runs`.
+
+    **Raises:** `UsageError` for a directory that cannot be one.
+    """
+    if options.discard:
+        return None
+    if options.directory is not None:
+        directory: Path = options.directory
+        if directory.exists() and not directory.is_dir():
+            msg = f"--directory {directory} is a file; name a directory."
+            raise UsageError(msg)
+        return directory
+    slug = "".join(letter if letter.isalnum() else "-" for letter in name).strip("-") or "task"
+    directory, number = ROOT / slug, 1
+    while directory.exists():
+        number += 1
+        directory = ROOT / f"{slug}-{number}"
+    return directory
+
+
+def console() -> Console:
+    """Standard output; wide enough for every table where it is no terminal."""
+    out = Console()
+    return out if out.is_terminal else Console(width=max(out.width, _WIDE))
+
+
+def report(file: TaskFile, task: Task, runs: Sequence[Run], directory: Path | None) -> None:
+    """The task's own table or picture, where it has one."""
+    finished = [run for run in runs if run.history]
+    if task.report is not None and finished:
+        with file.guard():
+            task.report(finished, directory)
