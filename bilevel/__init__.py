@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _EXPORTS = {
+    "AdjointProbe": "bilevel.probe",
     "Budget": "bilevel.budget",
     "CertifiedBound": "bilevel.error.certified",
     "ConjugateGradient": "bilevel.solver.conjugate_gradient",
@@ -43,6 +44,7 @@ _EXPORTS = {
     "Unrolled": "bilevel.estimator.unrolled",
     "hypergradient": "bilevel.evaluation",
     "solve": "bilevel.inner_solve",
+    "truncation_error": "bilevel.evaluation",
 }
 
 __all__ = sorted(_EXPORTS)  # pyright: ignore[reportUnsupportedDunderAll]

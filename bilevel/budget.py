@@ -59,6 +59,16 @@ class Budget(eqx.Module):
             iterations = UNLIMITED
         self.iterations = _count("iterations", iterations)
 
+    @property
+    def has_tolerance(self) -> bool:
+        """Whether a tolerance may stop the iteration; true where that is traced."""
+        return not (_is_zero(self.rtol) and _is_zero(self.atol))
+
+    @property
+    def concrete_iterations(self) -> int:
+        """The cap where it is known now; 0 where it is traced or differs per sample."""
+        return int(self.iterations) if _concrete(self.iterations) else 0
+
 
 def _concrete(value: object) -> bool:
     return not isinstance(value, jax.core.Tracer) and jnp.ndim(value) == 0  # pyright: ignore[reportArgumentType]

@@ -13,8 +13,10 @@ from bilevel.budget import Budget
 from bilevel.compilation import compiled
 from bilevel.error.base import ErrorEstimator, Situation, TruncationError
 from bilevel.error.correction import ResidualCorrection
-from bilevel.estimator.base import Detail, Estimator, Record, Setting, no_adjoint
+from bilevel.estimator.base import Estimator, Record, Setting, no_adjoint
 from bilevel.inner_solve import arrange, complete
+from bilevel.probe import AdjointProbe
+from bilevel.problem import InnerProblem, as_inner_problem
 from bilevel.refinement.fidelity import Fidelity
 from bilevel.solution import Solution, Status
 from bilevel.solver.base import InnerSolver
@@ -170,7 +172,7 @@ def _evaluate(
         value, primal, gradient = _forward_gradient(outer, moving)
         adjoint, detail = no_adjoint(x0, jnp.int32(0)), None
     else:
-        record = Record(detail=Detail.zeros(x0))
+        record = Record(detail=AdjointProbe.zeros(x0))
         (value, primal), (gradient, report) = jax.value_and_grad(
             outer, argnums=(0, 1), has_aux=True
         )(moving, record)
@@ -200,6 +202,78 @@ def _evaluate(
         none if error is None else error.applications,
     )
     return Hypergradient(value, gradient, primal, adjoint, error, cost)
+
+
+def truncation_error(
+    outer_loss: Callable[[Any, Any], Array],
+    problem: object,
+    theta: PyTree,
+    solution: Solution,
+    gradient: PyTree,
+    report: AdjointProbe,
+    *,
+    error: ErrorEstimator | None = None,
+) -> TruncationError:
+    """What stopping early cost a hypergradient that came out of `jax.grad`.
+
+    The numbers of `bl.hypergradient`, for those who differentiate through `bl.solve` in
+    code of their own.
+
+    **Arguments:**
+
+    - `outer_loss`, `problem`, `theta`: as for [`hypergradient`][].
+    - `solution`: what `bl.solve` returned.
+    - `gradient`: the gradient with respect to all of theta.
+    - `report`: the gradient with respect to an `AdjointProbe` passed to `bl.solve`.
+    - `error`: how it is estimated; [`ResidualCorrection`][] by default.
+
+    >>> import jax, jax.numpy as jnp, bilevel as bl
+    >>> problem = bl.Minimization(lambda x, theta: jnp.sum((x - theta) ** 2))
+    >>> def outer_loss(x, theta):
+    ...     return jnp.sum(x**2)
+    >>> def loss(theta, probe):
+    ...     solution = bl.solve(problem, theta, jnp.zeros(1), probe=probe,
+    ...                         solver=bl.GradientDescent(step_size=0.25),
+    ...                         budget=bl.Budget(iterations=4))
+    ...     return outer_loss(solution.value, theta), solution
+    >>> probe = bl.AdjointProbe.zeros(jnp.zeros(1))
+    >>> (gradient, report), solution = jax.grad(loss, argnums=(0, 1), has_aux=True)(3.0, probe)
+    >>> error = bl.truncation_error(outer_loss, problem, 3.0, solution, gradient, report)
+    >>> round(float(error.total), 3)
+    0.375
+    """
+    judge = ResidualCorrection() if error is None else error
+    theta = jax.tree.map(lambda leaf: jnp.asarray(leaf) if eqx.is_array_like(leaf) else leaf, theta)
+    return _estimate(
+        judge, outer_loss, as_inner_problem(problem), theta, solution, gradient, report
+    )
+
+
+@compiled
+def _estimate(
+    judge: ErrorEstimator,
+    outer_loss: Callable[[Any, Any], Array],
+    problem: InnerProblem,
+    theta: PyTree,
+    solution: Solution,
+    gradient: PyTree,
+    report: AdjointProbe,
+) -> TruncationError:
+    moving, fixed = eqx.partition(theta, eqx.is_inexact_array)
+    situation = Situation(
+        outer_loss=outer_loss,
+        problem=problem,
+        theta=moving,
+        with_theta=lambda moving: eqx.combine(moving, fixed),
+        x=solution.value,
+        gradient=eqx.filter(gradient, eqx.is_inexact_array),
+        primal=solution,
+        adjoint=report.solution(),
+        adjoint_value=report.value,
+        adjoint_residual=report.residual,
+        linear_solver=None,
+    )
+    return _judged(judge, situation)
 
 
 def _judged(judge: ErrorEstimator, situation: Situation) -> TruncationError:

@@ -1,6 +1,6 @@
 """`bl.solve`: an inner solve as one differentiable function."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -13,12 +13,15 @@ from bilevel.budget import Budget
 from bilevel.compilation import compiled
 from bilevel.estimator.base import Estimator, Record, Setting
 from bilevel.estimator.implicit import Implicit
-from bilevel.probe import Probe
+from bilevel.probe import AdjointProbe, Probe
 from bilevel.problem import InnerProblem, as_inner_problem
 from bilevel.refinement.fidelity import Fidelity
 from bilevel.solution import Solution
 from bilevel.solver.base import InnerSolver
 from bilevel.solver.default import default_solver
+
+
+AnyProbe: TypeAlias = Probe | AdjointProbe
 
 
 def solve(
@@ -32,7 +35,7 @@ def solve(
     adjoint_budget: Budget | None = None,
     adjoint_guess: PyTree | None = None,
     fidelity: Fidelity | None = None,
-    probe: Probe | None = None,
+    probe: AnyProbe | None = None,
     history: int = 0,
 ) -> Solution:
     """Solve an inner problem to a budget, differentiably.
@@ -52,7 +55,8 @@ def solve(
         side. By default to within rounding; never taken from `budget`.
     - `adjoint_guess`: where the adjoint solve starts, like `x0`; zero by default.
     - `fidelity`: `budget`, `adjoint_budget` and `probe` in one.
-    - `probe`: [`Probe.zeros()`][]; its cotangent is what the solves did.
+    - `probe`: `Probe.zeros()` or `AdjointProbe.zeros(x0)`; its cotangent is what the solves
+        did.
     - `history`: how many residual norms to keep, static.
 
     **Returns:** a [`Solution`][]; its `value` is like `x0` and carries the derivative.
@@ -105,7 +109,7 @@ def _solve(
     budget: Budget,
     adjoint_budget: Budget | None,
     adjoint_guess: PyTree | None,
-    probe: Probe | None,
+    probe: AnyProbe | None,
     history: int,
 ) -> Solution:
     setting = complete(
@@ -113,7 +117,11 @@ def _solve(
             problem, theta, x0, solver, budget, adjoint_budget, adjoint_guess, history
         )
     )
-    return estimator.solve(setting, Record(counts=probe))
+    record = Record(
+        counts=probe if isinstance(probe, Probe) else None,
+        detail=probe if isinstance(probe, AdjointProbe) else None,
+    )
+    return estimator.solve(setting, record)
 
 
 def arrange(
@@ -127,9 +135,9 @@ def arrange(
     adjoint_budget: Budget | None,
     adjoint_guess: PyTree | None,
     fidelity: Fidelity | None,
-    probe: Probe | None,
+    probe: AnyProbe | None,
     history: int,
-) -> tuple[Any, Estimator, Probe | None]:
+) -> tuple[Any, Estimator, AnyProbe | None]:
     """Check what the user gave, before anything is traced, and bring it into one form."""
     if fidelity is not None:
         given = [
@@ -151,13 +159,17 @@ def arrange(
         ("estimator", estimator, Estimator),
         ("budget", budget, Budget),
         ("adjoint_budget", adjoint_budget, Budget),
+        ("probe", probe, Probe | AdjointProbe),
     ):
         if value is not None and not isinstance(value, kind):
             hint = f" Write {name}={value.__name__}(...)." if isinstance(value, type) else ""
             if kind is Budget:
                 hint = f" Write {name}=Budget(iterations={value!r})."
-            msg = f"{name} must be a {kind.__name__}, got {value!r}.{hint}"
+            expected = getattr(kind, "__name__", "Probe or AdjointProbe")
+            msg = f"{name} must be a {expected}, got {value!r}.{hint}"
             raise TypeError(msg)
+    estimator = Implicit() if estimator is None else estimator
+    estimator.check_budget(budget)
     setting = Setting(
         problem=as_inner_problem(problem),
         theta=jax.tree.map(_as_array, theta),
@@ -168,7 +180,7 @@ def arrange(
         adjoint_guess=None if adjoint_guess is None else as_vector("adjoint_guess", adjoint_guess),
         history=history,
     )
-    return setting, Implicit() if estimator is None else estimator, probe
+    return setting, estimator, probe
 
 
 def complete(setting: Setting) -> Setting:

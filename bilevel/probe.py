@@ -4,7 +4,10 @@ from typing import Self
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
+
+from bilevel import vector
+from bilevel.solution import Solution
 
 
 class Probe(eqx.Module):
@@ -47,3 +50,53 @@ class Probe(eqx.Module):
     def zeros(cls) -> Self:
         """The probe to pass in."""
         return cls(*(jnp.zeros(()) for _ in range(10)))
+
+
+class AdjointProbe(eqx.Module):
+    """One adjoint solve in full, read as a gradient.
+
+    Like [`Probe`][], but for one solve alone: its cotangent is the adjoint solution λ, the
+    residual vector it left, and the numbers of its `Solution`, as real numbers. λ is
+    what the next adjoint solve may start from (`adjoint_guess`), and with the
+    residual `bl.truncation_error` tells what stopping early cost.
+
+    >>> import jax, bilevel as bl
+    >>> problem = bl.LinearSystem(lambda theta: theta * jnp.eye(1), jnp.ones(1))
+    >>> def loss(theta, probe):
+    ...     return jnp.sum(bl.solve(problem, theta, jnp.zeros(1), probe=probe).value)
+    >>> report = jax.grad(loss, argnums=1)(2.0, AdjointProbe.zeros(jnp.zeros(1)))
+    >>> float(report.value[0]), bl.Status(int(report.status)).name
+    (0.5, 'CONVERGED')
+    """
+
+    value: PyTree
+    residual: PyTree
+    status: Float[Array, ""]
+    residual_norm: Float[Array, ""]
+    iterations: Float[Array, ""]
+    tolerance: Float[Array, ""]
+    rate: Float[Array, ""]
+    applications: Float[Array, ""]
+
+    @classmethod
+    def zeros(cls, x0: PyTree) -> Self:
+        """The probe to pass in.
+
+        **Arguments:**
+
+        - `x0`: the start of the solve, or anything with its structure, shapes and dtypes.
+        """
+        scalar = jnp.zeros((), vector.real_dtype(x0))
+        return cls(vector.zeros_like(x0), vector.zeros_like(x0), *([scalar] * 6))
+
+    def solution(self) -> Solution:
+        """The adjoint solve as a `Solution`."""
+        return Solution(
+            value=self.value,
+            status=self.status.astype(jnp.int32),
+            residual_norm=self.residual_norm,
+            iterations=self.iterations.astype(jnp.int32),
+            tolerance=self.tolerance,
+            rate=self.rate,
+            applications=self.applications.astype(jnp.int32),
+        )

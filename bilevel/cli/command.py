@@ -4,7 +4,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from bilevel.cli.failure import DONE, FAILED, INTERRUPTED, MISUSED, TaskError, UsageError, say
+from bilevel.cli.failure import DONE, FAILED, INTERRUPTED, MISUSED, TaskError, UsageError
+from bilevel.cli.output import put, say
 from bilevel.cli.parser import parse
 
 
@@ -43,7 +44,7 @@ def _main(words: list[str]) -> int:
     if words == ["--version"]:
         import bilevel
 
-        print(f"bilevel {bilevel.__version__}")
+        put(f"bilevel {bilevel.__version__}")
         return DONE
     try:
         options = parse(words)

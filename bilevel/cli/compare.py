@@ -2,9 +2,11 @@
 
 import argparse
 
-from bilevel.cli.failure import DONE, INTERRUPTED, UsageError, say
+from bilevel.cli.failure import DONE, INTERRUPTED, UsageError
+from bilevel.cli.output import put, say
 from bilevel.cli.training import check_trainable, console, directory_for, load, report
-from bilevel.outer.compare import check_policies, compare as compare_policies, recommended
+from bilevel.outer.compare import check_policies, recommended
+from bilevel.outer.compare import compare as compare_policies
 from bilevel.outer.comparison import COMPARISON_FILE
 from bilevel.outer.plotting import MissingPlotsError, plot_runs
 from bilevel.outer.policy import parse_policies
@@ -37,11 +39,12 @@ def compare(options: argparse.Namespace) -> int:
             directory=directory,
             target=options.target,
             margin=options.margin,
+            max_nonfinite=options.max_nonfinite,
             progress=not options.quiet,
             overwrite=options.overwrite,
         )
     out = console()
-    print(outcome.to_json()) if options.json else out.print(outcome.table())
+    put(outcome.to_json()) if options.json else out.print(outcome.table())
     runs = [run for group in outcome.runs.values() for run in group]
     if directory is not None and any(run.history for run in runs):
         try:

@@ -33,16 +33,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; there is {', '.join(names)}." if names else "."
 
 
-def say(message: str) -> None:
-    """One line on standard error."""
-    print(f"bilevel: {' '.join(message.split())}", file=sys.stderr)
-
-
 def show_traceback(error: BaseException, file: Path) -> None:
     """Print a traceback from the first frame in the user's file on."""
     trace = _from_file(error.__traceback__, file.resolve())
-    lines = traceback.format_exception(type(error), error, trace or error.__traceback__)
-    print("".join(lines), end="", file=sys.stderr)
+    if trace is None and not isinstance(error, SyntaxError):
+        trace = error.__traceback__
+    lines = traceback.format_exception(type(error), error, trace)
+    sys.stderr.write("".join(lines))
 
 
 def _from_file(trace: TracebackType | None, file: Path) -> TracebackType | None:

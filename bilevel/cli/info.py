@@ -13,6 +13,7 @@ from rich.console import Group
 from rich.text import Text
 
 from bilevel.cli.failure import DONE
+from bilevel.cli.output import put
 from bilevel.cli.training import console
 from bilevel.outer import text
 from bilevel.outer.versions import installed, versions
@@ -36,7 +37,7 @@ def info(options: argparse.Namespace) -> int:
     """
     found = collect()
     if options.json:
-        print(json.dumps(found, indent=2))
+        put(json.dumps(found, indent=2))
     else:
         console().print(_tables(found))
     return DONE

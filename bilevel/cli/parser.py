@@ -142,6 +142,13 @@ def _add_task(parser: Parser) -> None:
         help="an argument of the task's function; may be given several times",
     )
     parser.add_argument("--epochs", type=_whole, metavar="N", help="how long (the task's own)")
+    parser.add_argument(
+        "--max-nonfinite",
+        type=_whole,
+        default=10,
+        metavar="N",
+        help="non-finite updates in a row before a run is given up (10)",
+    )
     precision = parser.add_mutually_exclusive_group()
     precision.add_argument(
         "--x64", action="store_true", help="double precision by default, if the file does not say"

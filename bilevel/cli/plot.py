@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from bilevel.cli.failure import DONE, FAILED, UsageError, say
+from bilevel.cli.failure import DONE, FAILED, UsageError
+from bilevel.cli.output import put, say
 from bilevel.outer.comparison import COMPARISON_FILE, Comparison
 from bilevel.outer.plotting import MissingPlotsError, plot_runs
 from bilevel.outer.run import SUMMARY_FILE, Run
@@ -47,5 +48,5 @@ def plot(options: argparse.Namespace) -> int:
     except MissingPlotsError as error:
         say(str(error))
         return FAILED
-    print(picture)
+    put(str(picture))
     return DONE

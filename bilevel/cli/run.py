@@ -2,7 +2,8 @@
 
 import argparse
 
-from bilevel.cli.failure import DONE, FAILED, INTERRUPTED, UsageError, say
+from bilevel.cli.failure import DONE, FAILED, INTERRUPTED, UsageError
+from bilevel.cli.output import put, say
 from bilevel.cli.training import check_trainable, console, directory_for, load, report
 from bilevel.outer.assignment import controller_for, default_policy
 from bilevel.outer.optimize import NonFiniteError, optimize
@@ -43,6 +44,7 @@ def run(options: argparse.Namespace) -> int:
                 epochs=options.epochs,
                 directory=directory,
                 seed=options.seed,
+                max_nonfinite=options.max_nonfinite,
                 progress=not options.quiet,
                 overwrite=options.overwrite,
                 resume=options.resume,
@@ -51,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     except NonFiniteError as error:
         say(str(error))
         return FAILED
-    print(outcome.summary.to_json()) if options.json else console().print(outcome.table())
+    put(outcome.summary.to_json()) if options.json else console().print(outcome.table())
     report(file, task, [outcome], directory)
     if outcome.status == STATUS_INTERRUPTED:
         kept = "" if directory is None else f"; what was done so far is in {directory}"

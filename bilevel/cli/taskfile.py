@@ -1,12 +1,13 @@
 """Task files: from `FILE.py:NAME` and `--set` to tasks."""
 
 import ast
+import importlib.machinery
 import importlib.util
 import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pydantic
 
 from bilevel.cli.failure import TaskError, UsageError, nearest, show_traceback
+from bilevel.outer.optimize import NonFiniteError
 from bilevel.outer.task import Task
 
 _NAME = "task"
@@ -58,11 +60,11 @@ class TaskFile:
         return task
 
     @contextmanager
-    def guard(self) -> Iterator[None]:
+    def guard(self) -> Generator[None]:
         """Whatever the user's code raises is shown as its own traceback."""
         try:
             yield
-        except (UsageError, TaskError):
+        except (UsageError, TaskError, NonFiniteError):
             raise
         except (Exception, SystemExit) as error:
             show_traceback(error, self.file)
@@ -243,4 +245,4 @@ def _kind(value: object) -> str:
         return f"the class {value.__name__}"
     if inspect.ismodule(value):
         return "a module"
-    return f"of type {type(value).__name__}"
+    return f"a value of type {type(value).__name__}"

@@ -2,16 +2,16 @@
 
 import abc
 import dataclasses
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from bilevel import vector
 from bilevel.bound import BoundProblem
 from bilevel.budget import Budget
-from bilevel.probe import Probe
+from bilevel.probe import AdjointProbe, Probe
 from bilevel.problem import InnerProblem
 from bilevel.solution import Solution, Status
 from bilevel.solver.base import InnerSolver
@@ -58,6 +58,13 @@ class Estimator(eqx.Module):
         """The linear solver that error estimates should use, `None` for a Krylov solver."""
         return None
 
+    def check_budget(self, budget: Budget | None) -> None:  # noqa: ARG002
+        """Refuse a concrete budget that the estimator has no room for.
+
+        **Raises:** `ValueError`.
+        """
+        return
+
     @abc.abstractmethod
     def solve(self, setting: Setting, record: "Record") -> Solution:
         """The inner solve, differentiable as this estimator says.
@@ -71,37 +78,6 @@ class Estimator(eqx.Module):
         """
 
 
-class Detail(eqx.Module):
-    """One adjoint solve in full, as real numbers and vectors like x."""
-
-    value: PyTree
-    residual: PyTree
-    status: Float[Array, ""]
-    residual_norm: Float[Array, ""]
-    iterations: Float[Array, ""]
-    tolerance: Float[Array, ""]
-    rate: Float[Array, ""]
-    applications: Float[Array, ""]
-
-    @classmethod
-    def zeros(cls, x: PyTree) -> Self:
-        """The detail to pass in, for an unknown like x."""
-        scalar = jnp.zeros((), vector.real_dtype(x))
-        return cls(vector.zeros_like(x), vector.zeros_like(x), *([scalar] * 6))
-
-    def solution(self) -> Solution:
-        """The adjoint solve as a `Solution`."""
-        return Solution(
-            value=self.value,
-            status=self.status.astype(jnp.int32),
-            residual_norm=self.residual_norm,
-            iterations=self.iterations.astype(jnp.int32),
-            tolerance=self.tolerance,
-            rate=self.rate,
-            applications=self.applications.astype(jnp.int32),
-        )
-
-
 class Record(eqx.Module):
     """A zero argument of a solve whose cotangent is what the backward pass did.
 
@@ -110,7 +86,7 @@ class Record(eqx.Module):
     """
 
     counts: Probe | None = None
-    detail: Detail | None = None
+    detail: AdjointProbe | None = None
 
     def filled(self, primal: Solution, adjoint: Solution, residual: PyTree) -> "Record":
         """The cotangent that reports a primal and an adjoint solve.
@@ -122,7 +98,7 @@ class Record(eqx.Module):
             counts = _counted(counts, primal, adjoint)
         if detail is not None:
             dtype = detail.status.dtype
-            detail = Detail(
+            detail = AdjointProbe(
                 adjoint.value,
                 residual,
                 *(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from bilevel import vector
+from bilevel.budget import Budget
 from bilevel.closed import stopped
 from bilevel.estimator.base import Estimator, Record, Setting, no_adjoint
 from bilevel.solution import Solution
@@ -84,6 +85,18 @@ class Unrolled(Estimator):
     def forward_only(self) -> bool:
         """Whether the mode is "forward"."""
         return self.mode == "forward"
+
+    def check_budget(self, budget: Budget | None) -> None:
+        """Refuse a fixed number of steps beyond `max_iterations`."""
+        if budget is None or self.forward_only or budget.has_tolerance:
+            return
+        if budget.concrete_iterations > self.max_iterations:
+            steps = budget.concrete_iterations
+            msg = (
+                f"Unrolled: the budget asks for {steps} steps, and there is room for "
+                f"max_iterations={self.max_iterations}. Use Unrolled(max_iterations={steps})."
+            )
+            raise ValueError(msg)
 
     def solve(self, setting: Setting, record: Record) -> Solution:
         """The inner solve with the derivative of its iteration."""

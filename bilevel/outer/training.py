@@ -90,7 +90,7 @@ class Training:
     def place(self) -> str:
         """Where it is, in words."""
         if self._batch:
-            return f"in epoch {self._epoch + 1}, after update {self._batch} of it"
+            return f"in epoch {self._epoch + 1} (updates so far: {self._batch})"
         return f"after epoch {self._epoch}" if self._epoch else "before the first update"
 
     def go(self) -> None:

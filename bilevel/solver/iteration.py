@@ -49,15 +49,22 @@ class Iteration(eqx.Module):
 
 
 def begin(
-    problem: BoundProblem, solver: InnerSolver, x0: PyTree, budget: Budget
+    problem: BoundProblem, solver: InnerSolver, x0: PyTree, budget: Budget | None = None
 ) -> tuple[Iteration, PyTree, PyTree]:
-    """The iteration of a solver on a problem, with its first state and residual."""
+    """The iteration of a solver on a problem, with its first state and residual.
+
+    **Arguments:**
+
+    - `budget`: tells the solver at which residual norm the loop will stop; `None` where no
+        loop follows.
+    """
     state = solver.init(problem, x0)
     residual = solver.residual(problem, state)
     norm = vector.norm(residual)
     scale = problem.reference(norm)
-    target = jax.lax.stop_gradient(stopping_norm(budget, scale, vector.epsilon(residual)))
-    problem = dataclasses.replace(problem, target=target)
+    if budget is not None:
+        target = stopping_norm(budget, scale, vector.epsilon(residual))
+        problem = dataclasses.replace(problem, target=jax.lax.stop_gradient(target))
     iteration = Iteration(
         solver=solver,
         update=lambda state, residual: solver.step(problem, state, residual),
