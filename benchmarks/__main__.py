@@ -61,7 +61,9 @@ def _run(chosen: argparse.Namespace) -> int:
     names = list(BENCHMARKS) if chosen.name == "all" else [chosen.name]
     holds = True
     for name in names:
-        benchmark: Callable[[bool], Report] = importlib.import_module(f"benchmarks.{name}").benchmark
+        benchmark: Callable[[bool], Report] = importlib.import_module(
+            f"benchmarks.{name}"
+        ).benchmark
         report = benchmark(chosen.quick)
         report.show(console)
         if chosen.json is not None:

@@ -73,9 +73,7 @@ def descent_with_conjugate_gradients(
     @jax.jit
     def hypergradient(theta: Array) -> tuple[Array, Array]:
         slope = jax.grad(problem.objective)
-        w = jax.lax.fori_loop(
-            0, inner, lambda _, w: w - step_size * slope(w, theta), problem.start
-        )
+        w = jax.lax.fori_loop(0, inner, lambda _, w: w - step_size * slope(w, theta), problem.start)
         loss, outer_gradient = jax.value_and_grad(problem.outer_loss)(w, theta)
         _, hessian = jax.linearize(lambda w: slope(w, theta), w)
         multiplier = conjugate_gradient(hessian, outer_gradient, adjoint)
@@ -116,9 +114,7 @@ def scan_unroll(
     @jax.jit
     def hypergradient(theta: Any) -> tuple[Array, Any]:
         def loss(theta: Any) -> Array:
-            x, _ = jax.lax.scan(
-                lambda x, _: (step(x, theta), None), start, None, length=length
-            )
+            x, _ = jax.lax.scan(lambda x, _: (step(x, theta), None), start, None, length=length)
             return outer_loss(x, theta)
 
         return jax.value_and_grad(loss)(theta)

@@ -148,7 +148,10 @@ class Logistic:
     def exact(self) -> Exact:
         """Outer loss and hypergradient by Newton's method and a Cholesky factorisation."""
         w = self.minimiser
-        validation, labels = np.asarray(self.validation_design), np.asarray(self.validation_response)
+        validation, labels = (
+            np.asarray(self.validation_design),
+            np.asarray(self.validation_response),
+        )
         scores = validation @ w
         loss = float(np.mean(np.logaddexp(0.0, scores) - labels * scores))
         outer_gradient = (_sigmoid(scores) - labels) @ validation / len(validation)
@@ -253,9 +256,7 @@ class Stencil:
 
     def matrix(self) -> scipy.sparse.csc_matrix:
         """As a SciPy matrix in float64, rows in the order of `u.reshape(-1)`."""
-        line = scipy.sparse.diags(
-            [-1.0, 2.0, -1.0], [-1, 0, 1], shape=(self.points, self.points)
-        )
+        line = scipy.sparse.diags([-1.0, 2.0, -1.0], [-1, 0, 1], shape=(self.points, self.points))
         total = line
         for _ in range(self.dimensions - 1):
             total = scipy.sparse.kronsum(line, total)

@@ -177,7 +177,9 @@ def best_fixed(inverse: Inverse, error: float, counts: Sequence[int]) -> int:
     return best
 
 
-def compare(report: Report, inverse: Inverse, error: float, counts: Sequence[int], rounds: int) -> dict[str, Timing]:
+def compare(
+    report: Report, inverse: Inverse, error: float, counts: Sequence[int], rounds: int
+) -> dict[str, Timing]:
     """Time full, best fixed and refined training to an error, and tabulate them."""
     fixed = best_fixed(inverse, error, counts)
     policies: dict[str, str | int] = {

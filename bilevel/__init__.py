@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 _EXPORTS = {
     "AdjointProbe": "bilevel.probe",
+    "BiCGStab": "bilevel.solver.bicgstab",
     "Budget": "bilevel.budget",
     "CertifiedBound": "bilevel.error.certified",
     "ConjugateGradient": "bilevel.solver.conjugate_gradient",
@@ -16,6 +17,7 @@ _EXPORTS = {
     "FixedFidelity": "bilevel.refinement.fixed",
     "FixedPoint": "bilevel.problem",
     "FixedPointIteration": "bilevel.solver.fixed_point_iteration",
+    "GMRES": "bilevel.solver.gmres",
     "GradientDescent": "bilevel.solver.gradient_descent",
     "Hypergradient": "bilevel.evaluation",
     "Implicit": "bilevel.estimator.implicit",
@@ -23,9 +25,11 @@ _EXPORTS = {
     "InnerProblem": "bilevel.problem",
     "InnerSolver": "bilevel.solver.base",
     "Jacobi": "bilevel.solver.jacobi",
+    "JacobiPreconditioner": "bilevel.solver.preconditioning",
     "Ladder": "bilevel.refinement.ladder",
     "LinearOperator": "bilevel.operator",
     "LinearSystem": "bilevel.problem",
+    "MINRES": "bilevel.solver.minres",
     "Minimization": "bilevel.problem",
     "Neumann": "bilevel.estimator.neumann",
     "Newton": "bilevel.solver.newton",

@@ -5,6 +5,7 @@ import operator
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 UNLIMITED = 2**31 - 1
@@ -71,7 +72,7 @@ class Budget(eqx.Module):
 
 
 def _concrete(value: object) -> bool:
-    return not isinstance(value, jax.core.Tracer) and jnp.ndim(value) == 0  # pyright: ignore[reportArgumentType]
+    return not isinstance(value, Tracer) and jnp.ndim(value) == 0  # pyright: ignore[reportArgumentType]
 
 
 def _is_zero(value: Array | float) -> bool:
@@ -84,7 +85,7 @@ def _count(name: str, value: Array | int) -> Array | int:
             raise ValueError(_negative(name, value))
         return value
     try:
-        count = operator.index(value)  # pyright: ignore[reportArgumentType]
+        count = operator.index(value)
     except TypeError:
         msg = (
             f"Budget: {name} must be a whole number or an integer array, got {value!r} "
@@ -97,7 +98,7 @@ def _count(name: str, value: Array | int) -> Array | int:
 
 
 def _tolerance(name: str, value: Array | float) -> Array | float:
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return value
     if isinstance(value, bool | str | bytes) or not jnp.isscalar(value):
         if not (isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.floating)):

@@ -8,6 +8,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
+from jax.core import Tracer
 
 
 class _Function:
@@ -87,7 +88,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         captured = [
             item for leaf in static if isinstance(leaf, _Function) for item in leaf.captured
         ]
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(captured)):
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(captured)):
             return function(*args, **kwargs)
         try:
             hash((static, treedef))

@@ -7,7 +7,8 @@ import jax
 from jax.extend import core
 from jaxtyping import PyTree
 
-_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+_CALLS = frozenset({"pjit", "jit", "closed_call", "core_call", "custom_jvp_call"})
+_BODIES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
 def depends(closed: core.ClosedJaxpr, inputs: Sequence[bool]) -> list[bool]:
@@ -31,9 +32,7 @@ def depends(closed: core.ClosedJaxpr, inputs: Sequence[bool]) -> list[bool]:
             outputs = depends(inner, flags)
         else:
             outputs = [True] * len(equation.outvars)
-        marked.update(
-            var for var, flag in zip(equation.outvars, outputs, strict=True) if flag
-        )
+        marked.update(var for var, flag in zip(equation.outvars, outputs, strict=True) if flag)
     return [is_marked(atom) for atom in jaxpr.outvars]
 
 
@@ -53,9 +52,15 @@ def is_affine(function: Callable[[Any], Any], x: PyTree) -> bool:
 
 
 def _called(equation: Any) -> core.ClosedJaxpr | None:
-    if equation.primitive.name not in {"pjit", "jit", "closed_call", "core_call", "custom_jvp_call"}:
+    if equation.primitive.name not in {
+        "pjit",
+        "jit",
+        "closed_call",
+        "core_call",
+        "custom_jvp_call",
+    }:
         return None
-    for name in _CALLS:
+    for name in _BODIES:
         inner = equation.params.get(name)
         if isinstance(inner, core.ClosedJaxpr):
             return inner

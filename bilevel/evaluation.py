@@ -93,9 +93,14 @@ def hypergradient(
 
     >>> import jax.numpy as jnp, bilevel as bl
     >>> problem = bl.Minimization(lambda x, theta: jnp.sum((x - theta) ** 2))
-    >>> result = bl.hypergradient(lambda x, theta: jnp.sum(x**2), problem, 3.0, jnp.zeros(1),
-    ...                           solver=bl.GradientDescent(step_size=0.25),
-    ...                           budget=bl.Budget(iterations=4))
+    >>> result = bl.hypergradient(
+    ...     lambda x, theta: jnp.sum(x**2),
+    ...     problem,
+    ...     3.0,
+    ...     jnp.zeros(1),
+    ...     solver=bl.GradientDescent(step_size=0.25),
+    ...     budget=bl.Budget(iterations=4),
+    ... )
     >>> round(float(result.gradient), 3), round(float(result.error.total), 3)  # exact: 6
     (5.625, 0.375)
     """
@@ -112,7 +117,7 @@ def hypergradient(
         probe=None,
         history=history,
     )
-    if not isinstance(error, ErrorEstimator | bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(error, ErrorEstimator | bool):
         msg = f"error must be an error estimator, True or False, got {error!r}."
         raise TypeError(msg)
     judge = ResidualCorrection() if error is True else (error or None)
@@ -232,9 +237,14 @@ def truncation_error(
     >>> def outer_loss(x, theta):
     ...     return jnp.sum(x**2)
     >>> def loss(theta, probe):
-    ...     solution = bl.solve(problem, theta, jnp.zeros(1), probe=probe,
-    ...                         solver=bl.GradientDescent(step_size=0.25),
-    ...                         budget=bl.Budget(iterations=4))
+    ...     solution = bl.solve(
+    ...         problem,
+    ...         theta,
+    ...         jnp.zeros(1),
+    ...         probe=probe,
+    ...         solver=bl.GradientDescent(step_size=0.25),
+    ...         budget=bl.Budget(iterations=4),
+    ...     )
     ...     return outer_loss(solution.value, theta), solution
     >>> probe = bl.AdjointProbe.zeros(jnp.zeros(1))
     >>> (gradient, report), solution = jax.grad(loss, argnums=(0, 1), has_aux=True)(3.0, probe)

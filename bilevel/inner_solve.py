@@ -20,7 +20,6 @@ from bilevel.solution import Solution
 from bilevel.solver.base import InnerSolver
 from bilevel.solver.default import default_solver
 
-
 AnyProbe: TypeAlias = Probe | AdjointProbe
 
 
@@ -113,9 +112,7 @@ def _solve(
     history: int,
 ) -> Solution:
     setting = complete(
-        Setting(
-            problem, theta, x0, solver, budget, adjoint_budget, adjoint_guess, history
-        )
+        Setting(problem, theta, x0, solver, budget, adjoint_budget, adjoint_guess, history)
     )
     record = Record(
         counts=probe if isinstance(probe, Probe) else None,
@@ -190,10 +187,10 @@ def complete(setting: Setting) -> Setting:
     solver = setting.solver
     problem = as_linear(setting.problem, setting.theta, setting.x0, solver)
     bound = problem.at(setting.theta)
-    if solver is None:  # pyright: ignore[reportUnnecessaryComparison]
+    if solver is None:
         solver = default_solver(bound, setting.x0)
     budget = setting.budget
-    if budget is None:  # pyright: ignore[reportUnnecessaryComparison]
+    if budget is None:
         budget = solver.default_budget(setting.x0)
     return Setting(
         problem,
@@ -244,9 +241,7 @@ def check_residual(kind: str, outcome: PyTree, x: PyTree) -> None:
             "pytree like x."
         )
         raise TypeError(msg)
-    pairs = zip(
-        jax.tree_util.tree_leaves_with_path(x), jax.tree.leaves(outcome), strict=True
-    )
+    pairs = zip(jax.tree_util.tree_leaves_with_path(x), jax.tree.leaves(outcome), strict=True)
     for (path, leaf), value in pairs:
         where = jax.tree_util.keystr(path)
         if leaf.shape != value.shape:
@@ -272,9 +267,7 @@ def _as_arrays(budget: Budget | None) -> Budget | None:
         leaf if isinstance(leaf, jax.Array) else np.asarray(leaf, dtype)
         for leaf, dtype in zip(leaves, (np.int32, float, float), strict=True)
     )
-    return eqx.tree_at(
-        lambda b: (b.iterations, b.rtol, b.atol), budget, (iterations, rtol, atol)
-    )
+    return eqx.tree_at(lambda b: (b.iterations, b.rtol, b.atol), budget, (iterations, rtol, atol))
 
 
 def _as_array(leaf: Any) -> Any:

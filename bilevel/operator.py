@@ -110,14 +110,14 @@ def as_operator(
     square.
     """
 
-    def declared(name: str, given: bool | None) -> bool | None:
+    def declared(name: str, *, given: bool | None) -> bool | None:
         if given is not None:
             return given
         value = getattr(operator, name, None)
         return value if isinstance(value, bool) else None
 
-    symmetric = declared("symmetric", symmetric)
-    positive_definite = declared("positive_definite", positive_definite)
+    symmetric = declared("symmetric", given=symmetric)
+    positive_definite = declared("positive_definite", given=positive_definite)
     if positive_definite and symmetric is None:
         symmetric = True
     if isinstance(operator, LinearOperator):
@@ -131,7 +131,9 @@ def as_operator(
             operator.real_linear,
         )
     if isinstance(operator, jax.Array | np.ndarray):
-        return _from_matrix(jnp.asarray(operator), symmetric, positive_definite)
+        return _from_matrix(
+            jnp.asarray(operator), symmetric=symmetric, positive_definite=positive_definite
+        )
     if type(operator).__module__.startswith("scipy."):
         msg = (
             f"LinearSystem: a {type(operator).__name__} from SciPy runs on the host and cannot be "
@@ -168,7 +170,7 @@ def as_operator(
 
 
 def _from_matrix(
-    matrix: Array, symmetric: bool | None, positive_definite: bool | None
+    matrix: Array, *, symmetric: bool | None, positive_definite: bool | None
 ) -> LinearOperator:
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         msg = (

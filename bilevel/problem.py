@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from bilevel import vector
@@ -195,6 +196,7 @@ class LinearSystem(InnerProblem):
         self,
         operator: object,
         rhs: object,
+        *,
         symmetric: bool | None = None,
         positive_definite: bool | None = None,
     ):
@@ -281,7 +283,7 @@ def as_inner_problem(problem: object) -> InnerProblem:
 
 def _is_concrete_matrix(operator: object) -> bool:
     is_array = hasattr(operator, "ndim") and hasattr(operator, "dtype")
-    if not is_array or isinstance(operator, jax.core.Tracer) or hasattr(operator, "matvec"):
+    if not is_array or isinstance(operator, Tracer) or hasattr(operator, "matvec"):
         return False
     matrix: Any = operator
     return matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1] and matrix.size > 0

@@ -1,9 +1,10 @@
 """What a solve returns: how far it got, and why it stopped there."""
 
 import enum
+from typing import Self
 
 import equinox as eqx
-import jax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PyTree
 
 
@@ -19,7 +20,7 @@ class Status(enum.IntEnum):
 
     diagnosis: str
 
-    def __new__(cls, code: int, diagnosis: str) -> "Status":
+    def __new__(cls, code: int, diagnosis: str) -> Self:
         """Attach the diagnosis to the code."""
         member = int.__new__(cls, code)
         member._value_ = code
@@ -29,40 +30,62 @@ class Status(enum.IntEnum):
     CONVERGED = 0, "The true residual is within the tolerance."
     BUDGET = (
         1,
-        "The iteration budget ran out before the tolerance was met. This is no failure: the "
-        "residual norm says how far the solve got.",
+        (
+            "The iteration budget ran out before the tolerance was met. This is no failure: the "
+            "residual norm says how far the solve got."
+        ),
     )
     ROUNDING = (
         2,
-        "The residual stopped shrinking at the rounding level of the dtype, above the "
-        "tolerance. Loosen the tolerance or use a wider dtype.",
+        (
+            "The residual stopped shrinking at the rounding level of the dtype, above the "
+            "tolerance. Loosen the tolerance or use a wider dtype."
+        ),
     )
     UNROLL_LIMIT = (
         3,
-        "The iteration reached the number of steps that Unrolled keeps room for, before the "
-        "budget. Give Unrolled(max_iterations=...) at least the largest budget.",
+        (
+            "The iteration reached the number of steps that Unrolled keeps room for, before the "
+            "budget. Give Unrolled(max_iterations=...) at least the largest budget."
+        ),
     )
     NOT_RUN = (4, "No adjoint solve took place: the estimator differentiates the iteration itself.")
     DIVERGED = (
         5,
-        "The residual grew instead of shrinking: the iteration is no contraction here. Use a "
-        "smaller step, damping, or a Krylov solver.",
+        (
+            "The residual grew instead of shrinking: the iteration is no contraction here. Use a "
+            "smaller step, damping, or a Krylov solver."
+        ),
     )
     NONFINITE = (
         6,
-        "A NaN or infinity came up in the iteration. Check the data, theta and the start for "
-        "non-finite values.",
+        (
+            "A NaN or infinity came up in the iteration. Check the data, theta and the start for "
+            "non-finite values."
+        ),
     )
     BREAKDOWN = (
         7,
-        "The solver broke down: the operator is singular or not of the kind the solver needs "
-        "(symmetric positive definite for conjugate gradients). Use MINRES, GMRES or a direct "
-        "solver, or regularise.",
+        (
+            "The solver broke down: the operator is singular or not of the kind the solver needs "
+            "(symmetric positive definite for conjugate gradients). Use MINRES, GMRES or a direct "
+            "solver, or regularise."
+        ),
     )
     NOT_STARTED = (
         8,
-        "The adjoint was given no iterations, so the hypergradient is unknown. Give the "
-        "adjoint_budget at least one iteration.",
+        (
+            "The adjoint was given no iterations, so the hypergradient is unknown. Give the "
+            "adjoint_budget at least one iteration."
+        ),
+    )
+    LINE_SEARCH = (
+        9,
+        (
+            "The line search found no step that decreases the objective: it is not smooth here, or "
+            "its gradient does not belong to it. Use ProximalGradient for a non-smooth term, or a "
+            "fixed step."
+        ),
     )
 
     @property
@@ -101,7 +124,7 @@ class Solution(eqx.Module):
     @property
     def diagnosis(self) -> str:
         """The status in words (outside traced code only)."""
-        if isinstance(self.status, jax.core.Tracer):
+        if isinstance(self.status, Tracer):
             return "The status is traced: look at it outside jit, grad and vmap."
         codes = sorted({int(code) for code in self.status.reshape(-1)})
         return " ".join(f"{Status(code).name}: {Status(code).diagnosis}" for code in codes)

@@ -60,9 +60,7 @@ def dot(x: PyTree, y: PyTree) -> Array:
 
 def complex_dot(x: PyTree, y: PyTree) -> Array:
     """⟨x, y⟩ with x conjugated."""
-    return _sum(
-        jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
-    )
+    return _sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True))
 
 
 def norm(x: PyTree) -> Float[Array, ""]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group
+from rich.markup import escape
 from rich.text import Text
 
 from bilevel.cli.failure import DONE
@@ -134,6 +135,6 @@ def _tables(found: dict[str, Any]) -> Group:
         extras.add_column(column)
     for extra, state in found["extras"].items():
         missing = state["missing"]
-        command = f"pip install 'bilevel[{extra}]'" if missing else ""
+        command = escape(f"pip install 'bilevel[{extra}]'") if missing else ""
         extras.add_row(extra, ", ".join(missing) or "nothing", command)
     return Group(version_table, devices, adapters, extras)

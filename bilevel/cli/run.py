@@ -57,6 +57,7 @@ def run(options: argparse.Namespace) -> int:
     report(file, task, [outcome], directory)
     if outcome.status == STATUS_INTERRUPTED:
         kept = "" if directory is None else f"; what was done so far is in {directory}"
-        say(f"{outcome.summary.message}{kept}")
+        if options.quiet:
+            say(f"{outcome.summary.message}{kept}")
         return INTERRUPTED
     return DONE

@@ -62,8 +62,8 @@ def directory_for(options: argparse.Namespace, name: str) -> Path | None:
 
 def console() -> Console:
     """Standard output; wide enough for every table where it is no terminal."""
-    out = Console()
-    return out if out.is_terminal else Console(width=max(out.width, _WIDE))
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(width=max(out.width, _WIDE), highlight=False)
 
 
 def report(file: TaskFile, task: Task, runs: Sequence[Run], directory: Path | None) -> None:

@@ -1,6 +1,5 @@
 """Certified bound of the truncation error, from constants the user vouches for."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 

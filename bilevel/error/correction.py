@@ -20,14 +20,14 @@ from bilevel.solver.minres import MINRES
 class ResidualCorrection(ErrorEstimator):
     """Truncation error from the residuals, corrected roughly, without any constant.
 
-    With the Lagrangian ℒ(x, θ, λ) = f + λᵀr, the hypergradient is ∂_θℒ where ∂ₓℒ = 0 and
+    With the Lagrangian Λ(x, θ, λ) = f + λᵀr, the hypergradient is ∂_θΛ where ∂ₓΛ = 0 and
     r = 0.  Truncation leaves both residuals non-zero.  Their first-order effect is found
-    by solving N δx = r, then Nᵀδλ = ∂ₓₓℒ δx (primal part) and Nᵀδλ = ∂ₓℒ (adjoint part), each
+    by solving N δx = r, then Nᵀδλ = ∂ₓₓΛ δx (primal part) and Nᵀδλ = ∂ₓΛ (adjoint part), each
     to a few per cent only: an estimate needs one digit.  What such a rough solve leaves
     itself is extrapolated from its own rate.  For an estimator without an adjoint, λ is
-    solved for precisely and the implicit gradient compared with the one given.  Exact up to second order in the errors, so it
-    is as sharp as the rough solves are, where a bound from constants is off by the
-    condition number.
+    solved for precisely and the implicit gradient compared with the one given.  All this is
+    exact up to second order in the errors, so the estimate is as sharp as the rough solves
+    are, where a bound from constants is off by the condition number.
 
     **Arguments:**
 

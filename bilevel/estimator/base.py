@@ -54,11 +54,11 @@ class Estimator(eqx.Module):
         """Whether only forward-mode differentiation works."""
         return False
 
-    def correction_solver(self, problem: BoundProblem, x: PyTree) -> InnerSolver | None:  # noqa: ARG002
+    def correction_solver(self, problem: BoundProblem, x: PyTree) -> InnerSolver | None:
         """The linear solver that error estimates should use, `None` for a Krylov solver."""
         return None
 
-    def check_budget(self, budget: Budget | None) -> None:  # noqa: ARG002
+    def check_budget(self, budget: Budget | None) -> None:
         """Refuse a concrete budget that the estimator has no room for.
 
         **Raises:** `ValueError`.

@@ -191,7 +191,7 @@ def _linear_record(tangent: Record, record: Record) -> Record | None:
 
 def _depending(anchor: Array, like: Array) -> Array:
     """Zeros that depend linearly on the anchor, with a transpose that is zero even for NaN."""
-    none = jnp.where(False, jnp.sum(anchor).real, 0.0)  # noqa: FBT003
+    none = jnp.where(False, jnp.sum(anchor).real, 0.0)
     return jnp.broadcast_to(none, like.shape).astype(like.dtype)
 
 
@@ -234,9 +234,7 @@ def _linear_solve(
     def backward(_: Any, augmented: Any) -> Any:
         cotangent, _ = augmented
         transposed = operator.transposed(value)
-        adjoint, left = solve_linear(
-            transposed, cotangent, solver, context.budget, context.guess
-        )
+        adjoint, left = solve_linear(transposed, cotangent, solver, context.budget, context.guess)
         if record_dot is None:
             return trusted(adjoint), None
         return trusted(adjoint), context.record.filled(context.primal, adjoint, left)

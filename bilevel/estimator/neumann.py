@@ -28,8 +28,9 @@ class Neumann(Estimator):
     >>> import jax, bilevel as bl
     >>> problem = bl.FixedPoint(lambda x, theta: 0.5 * x + theta)
     >>> def value(theta):
-    ...     return bl.solve(problem, theta, 0.0, estimator=bl.Neumann(),
-    ...                     adjoint_budget=bl.Budget(iterations=3)).value
+    ...     return bl.solve(
+    ...         problem, theta, 0.0, estimator=bl.Neumann(), adjoint_budget=bl.Budget(iterations=3)
+    ...     ).value
     >>> float(jax.grad(value)(1.0))  # 1 + 1/2 + 1/4
     1.75
     """

@@ -73,7 +73,7 @@ def _reporting(solution: Solution, record: Record) -> PyTree:
     value = solution.value
     anchor = sum(jnp.sum(leaf).real for leaf in jax.tree.leaves(record))
     nothing = jax.tree.map(
-        lambda leaf: jnp.broadcast_to(jnp.where(False, anchor, 0.0), leaf.shape).astype(leaf.dtype),  # noqa: FBT003
+        lambda leaf: jnp.broadcast_to(jnp.where(False, anchor, 0.0), leaf.shape).astype(leaf.dtype),
         value,
     )
 

@@ -52,8 +52,14 @@ class Unrolled(Estimator):
     >>> import jax, bilevel as bl
     >>> problem = bl.Minimization(lambda x, theta: 0.5 * (x - theta) ** 2)
     >>> def value(theta):
-    ...     return bl.solve(problem, theta, 0.0, solver=bl.GradientDescent(step_size=0.5),
-    ...                     estimator=bl.Unrolled(), budget=bl.Budget(iterations=2)).value
+    ...     return bl.solve(
+    ...         problem,
+    ...         theta,
+    ...         0.0,
+    ...         solver=bl.GradientDescent(step_size=0.5),
+    ...         estimator=bl.Unrolled(),
+    ...         budget=bl.Budget(iterations=2),
+    ...     ).value
     >>> float(jax.grad(value)(1.0))  # 1 - (1 - 0.5)²
     0.75
     """
@@ -174,9 +180,7 @@ def _reverse(options: Unrolled, history: int) -> Any:
             whole_way = stop == 0
             none = jax.tree.map(jnp.zeros_like, (of_state, of_residual))
             of_state, of_residual = vector.where(whole_way, (of_state, of_residual), none)
-            applied = jnp.asarray(
-                iteration.solver.applications(of_state, count - stop), jnp.int32
-            )
+            applied = jnp.asarray(iteration.solver.applications(of_state, count - stop), jnp.int32)
             adjoint = no_adjoint(start, applied)
             record = record.filled(solution, adjoint, start)
             return of_arrays, of_state, of_residual, None, record

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from bilevel.outer import text
 from bilevel.outer.history import decode_number, encode
-from bilevel.outer.run import COMPLETED, Run
+from bilevel.outer.run import COMPLETED, STOPPED, Run
 
 COMPARISON_FILE = "comparison.json"
 FULL = "full"
@@ -50,7 +51,7 @@ class Spread:
 
     def show(self, form: Callable[[float | None], str]) -> str:
         """The mean, and ± the deviation where there is one."""
-        if self.deviation is None:
+        if not self.deviation:
             return form(self.mean)
         return f"{form(self.mean)} ± {form(self.deviation)}"
 
@@ -170,7 +171,9 @@ class Comparison:
         if self.target is not None:
             return self.target
         full = self.runs.get(FULL, [])
-        metric = full[place].summary.final_metric if place < len(full) else None
+        if place >= len(full) or full[place].status not in (COMPLETED, STOPPED):
+            return None
+        metric = full[place].summary.final_metric
         if metric is None or not math.isfinite(metric):
             return None
         return metric + self.margin * abs(metric)
@@ -282,10 +285,17 @@ class Comparison:
         )
 
     def _whole_runs(self) -> Table:
-        table = text.table(title=f"{self.task}, whole runs")
+        table = text.table(title=escape(f"{self.task}, whole runs"))
         _columns(
             table,
-            ("policy", self.metric_name, "Σ primal", "Σ adjoint", "wall, s", "without compile"),
+            (
+                "policy",
+                escape(self.metric_name),
+                "Σ primal",
+                "Σ adjoint",
+                "wall, s",
+                "without compile",
+            ),
         )
         table.add_column("compiles", justify="right")
         for row in self.rows:
@@ -306,7 +316,7 @@ class Comparison:
         level = Spread.of(targets)
         where = text.NOTHING if level is None else text.number(level.mean)
         how = "" if self.target is not None else f", full's final one + {self.margin:.0%}"
-        table = text.table(title=f"until {self.metric_name} ≤ {where}{how}")
+        table = text.table(title=escape(f"until {self.metric_name} ≤ {where}{how}"))
         _columns(table, ("policy", "epochs", "Σ iterations", "saved", "wall, s", "saved"))
         table.add_column("without compile", justify="right")
         table.add_column("saved", justify="right")

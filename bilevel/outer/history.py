@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any, Self, overload
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from bilevel.outer import text
@@ -37,6 +38,7 @@ class Record:
         skipped updates included, for they cost the same.
     - `primal_applications`, `adjoint_applications`: applications of the operator and of
         its transpose, likewise.
+    - `error_applications`: of either, for the error estimates; in no other sum.
     - `primal_residual`, `adjoint_residual`: mean relative residual norm of a solve.
     - `primal_capped`, `adjoint_capped`: solves that stopped on their budget.
     - `failures`: solves whose status is a failure.
@@ -68,6 +70,7 @@ class Record:
     adjoint_iterations: int | None = None
     primal_applications: int | None = None
     adjoint_applications: int | None = None
+    error_applications: int | None = None
     primal_residual: float | None = None
     adjoint_residual: float | None = None
     primal_capped: int | None = None
@@ -285,7 +288,7 @@ def _table(records: list[Record], rows: int, metric_name: str) -> Table:
     chosen = {round(k * last / max(rows - 1, 1)) for k in range(rows)} if last >= rows else None
     shown = [r for k, r in enumerate(records) if chosen is None or k in chosen]
     table.add_column("epoch", justify="right")
-    table.add_column(metric_name, justify="right")
+    table.add_column(escape(metric_name), justify="right")
     columns = [
         (name, cell)
         for name, cell in _COLUMNS[1:]

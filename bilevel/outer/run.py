@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from jaxtyping import PyTree
+from rich.markup import escape
 from rich.table import Table
 
 from bilevel.outer import text
@@ -39,7 +40,8 @@ class Summary:
         skipped, solves that failed.
     - `metric_name`, `first_metric`, `final_metric`, `best_metric`, `level`: where it went.
     - `solves`, `primal_iterations`, `adjoint_iterations`, `primal_applications`,
-        `adjoint_applications`: sums over the run; `None` if no solve reported.
+        `adjoint_applications`, `error_applications`: sums over the run; `None` if no solve
+        reported.
     - `seconds`: wall time with everything; `compile_seconds` of it for compilation,
         `update_seconds` for updates, `validation_seconds` for validation.
     - `compilations`: of the update.
@@ -67,6 +69,7 @@ class Summary:
     adjoint_iterations: int | None
     primal_applications: int | None
     adjoint_applications: int | None
+    error_applications: int | None
     seconds: float
     compile_seconds: float
     update_seconds: float
@@ -167,7 +170,7 @@ class Run:
     def table(self) -> Table:
         """The summary as a printable table."""
         summary = self.summary
-        table = text.table(title=f"{summary.task}, {summary.policy}: {summary.status}")
+        table = text.table(title=escape(f"{summary.task}, {summary.policy}: {summary.status}"))
         table.show_header = False
         table.add_column()
         table.add_column()
@@ -185,12 +188,16 @@ class Run:
             rows["updates skipped, not finite"] = text.count(summary.nonfinite)
         if summary.failures:
             rows["solves failed"] = text.count(summary.failures)
+        if summary.error_applications:
+            rows["operator applications for error estimates"] = text.count(
+                summary.error_applications
+            )
         if summary.primal_iterations is None:
             rows["no solve reported"] = "pass fidelity=fidelity to bl.solve to have them counted"
         if self.directory is not None:
             rows["kept in"] = str(self.directory)
         for name, value in rows.items():
-            table.add_row(name, value)
+            table.add_row(escape(name), escape(value))
         return table
 
 
@@ -227,6 +234,7 @@ def summarize(
             "adjoint_iterations",
             "primal_applications",
             "adjoint_applications",
+            "error_applications",
         )
     }
     return Summary(

@@ -45,6 +45,7 @@ class Tally:
         # dtype, and a long epoch needs no more room than a short one.
         self._over_made = np.zeros(len(REPORT))
         self._over_all = np.zeros(len(REPORT))
+        self._reported = np.zeros(len(REPORT), dtype=bool)
 
     def add(self, report: jax.Array) -> None:
         """Take the report of an update, and read those that are ready."""
@@ -74,13 +75,15 @@ class Tally:
         if any(sums.values()):
             # Fed by hand, a probe may not say how many solves there were.
             solves = sums["solves"] or self.updates + self.nonfinite
-            fields |= {name: sums[name] / solves for name in _RESIDUALS}
+            for name in _RESIDUALS:
+                fields[name] = sums[name] / solves if self._reported[_PLACE[name]] else None
             fields |= {name: round(sums[name]) for name in _COUNTS if name not in _RESIDUALS}
         return fields
 
     def _read(self) -> None:
         row = np.asarray(self._waiting.popleft(), dtype=np.float64)
         self._over_all += np.where(np.isfinite(row), row, 0.0)
+        self._reported |= np.isfinite(row)
         if row[_PLACE["finite"]]:
             self._over_made += row
             self.updates += 1

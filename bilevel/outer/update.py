@@ -14,6 +14,7 @@ from bilevel import vector
 from bilevel.outer.task import Task
 from bilevel.probe import Probe
 from bilevel.refinement.fidelity import Fidelity
+from bilevel.solution import Status
 
 Report: TypeAlias = Float[Array, " report"]
 """What one update did, one number for each of `REPORT`."""
@@ -23,7 +24,7 @@ _COUNTS = tuple(field.name for field in dataclasses.fields(Probe))
 ERRORS = ("primal_error", "adjoint_error", "error")
 """The parts of the gradient's truncation error, and the total."""
 
-REPORT = ("finite", "loss", "gradient_norm", *ERRORS, *_COUNTS)
+REPORT = ("finite", "loss", "gradient_norm", *ERRORS, *_COUNTS, "error_applications")
 """The numbers in a report: whether the update was made, and what it saw."""
 
 Update: TypeAlias = Callable[[PyTree, PyTree, Any, Fidelity], tuple[PyTree, PyTree, Report]]
@@ -99,7 +100,7 @@ def _of_loss(task: Task, static: PyTree) -> Evaluation:
             trained, Probe.zeros()
         )
         unknown = [jnp.nan for _ in ERRORS]
-        return value, gradient, unknown, [getattr(probe, name) for name in _COUNTS]
+        return value, gradient, unknown, [*(getattr(probe, name) for name in _COUNTS), 0]
 
     return evaluate
 
@@ -125,7 +126,8 @@ def _of_result(task: Task, static: PyTree) -> Evaluation:
             raise TypeError(msg)
         gradient = _like(trained, result.gradient, "hypergradient's gradient")
         value = _real_scalar("hypergradient's value", result.value)
-        return value, gradient, _errors(result.error), _counts(result)
+        counts = [*_counts(result), _error_applications(result)]
+        return value, gradient, _errors(result.error), counts
 
     return evaluate
 
@@ -140,8 +142,37 @@ def _errors(error: Any) -> list[Any]:
 
 
 def _counts(result: Any) -> list[Any]:
-    """The probe's numbers out of two solutions."""
-    raise NotImplementedError
+    """The probe's numbers, from the cost where there is one, else from the two solutions."""
+    solutions = [part for part in (result.primal, result.adjoint) if part is not None]
+    statuses = [jnp.asarray(part.status) for part in solutions]
+    known: dict[str, Any] = {
+        "solves": float(jnp.size(result.primal.iterations)),
+        "failures": sum(jnp.sum(status >= Status.DIVERGED) for status in statuses),
+        # Solutions have residuals in their own units only, and no scale.
+        "primal_residual": jnp.nan,
+        "adjoint_residual": jnp.nan,
+    }
+    cost = getattr(result, "cost", None)
+    for side, part, applications in (
+        ("primal", result.primal, "operator_applications"),
+        ("adjoint", result.adjoint, "transposed_applications"),
+    ):
+        own = [0] if part is None else part.iterations
+        applied = [0] if part is None else part.applications
+        known[f"{side}_iterations"] = jnp.sum(
+            jnp.asarray(own if cost is None else getattr(cost, f"{side}_iterations"))
+        )
+        known[f"{side}_applications"] = jnp.sum(
+            jnp.asarray(applied if cost is None else getattr(cost, applications))
+        )
+        known[f"{side}_capped"] = (
+            0 if part is None else jnp.sum(jnp.asarray(part.status) == Status.BUDGET)
+        )
+    return [known[name] for name in _COUNTS]
+
+
+def _error_applications(result: Any) -> Any:
+    return jnp.sum(jnp.asarray(getattr(getattr(result, "cost", None), "error_applications", 0)))
 
 
 def _like(trained: PyTree, other: PyTree, name: str) -> PyTree:

@@ -29,8 +29,10 @@ class InnerSolver(eqx.Module):
     >>> import bilevel as bl
     >>> class Damped(bl.InnerSolver):
     ...     factor: float = 0.5
+    ...
     ...     def init(self, problem, x):
     ...         return x
+    ...
     ...     def step(self, problem, state, residual):
     ...         return state + self.factor * residual
     >>> problem = bl.FixedPoint(lambda x, theta: 0.5 * x + theta)
@@ -76,17 +78,15 @@ class InnerSolver(eqx.Module):
         """The downhill residual at the state's point; recursive solvers return their own."""
         return problem.residual(self.point(state))
 
-    def prepare(self, problem: BoundProblem, x: PyTree) -> BoundProblem:  # noqa: ARG002
+    def prepare(self, problem: BoundProblem, x: PyTree) -> BoundProblem:
         """What is computed once before the loop, put into the problem (preconditioners)."""
         return problem
 
-    def failure(self, state: PyTree) -> Int[Array, ""]:  # noqa: ARG002
+    def failure(self, state: PyTree) -> Int[Array, ""]:
         """`Status.CONVERGED` while all is well, otherwise the status to stop with."""
         return jnp.int32(Status.CONVERGED)
 
-    def applications(
-        self, state: PyTree, iterations: Int[Array, ""]  # noqa: ARG002
-    ) -> Int[Array, ""]:
+    def applications(self, state: PyTree, iterations: Int[Array, ""]) -> Int[Array, ""]:
         """How often the residual or operator was applied in so many iterations."""
         return iterations + 1
 

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Inexact, PyTree
+from jaxtyping import Array, Inexact, Int, PyTree
 
 from bilevel import vector
 

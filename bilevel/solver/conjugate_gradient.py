@@ -89,4 +89,3 @@ class ConjugateGradient(InnerSolver):
     def failure(self, state: ConjugateGradientState) -> Int[Array, ""]:
         """`BREAKDOWN` once a direction of non-positive curvature came up."""
         return state.broken
-

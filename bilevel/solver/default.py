@@ -4,15 +4,12 @@ from jaxtyping import PyTree
 
 from bilevel import vector
 from bilevel.bound import BoundProblem
-
 from bilevel.solver.base import InnerSolver
 from bilevel.solver.conjugate_gradient import ConjugateGradient
 from bilevel.solver.direct import Direct
-
-
-
+from bilevel.solver.gmres import GMRES
+from bilevel.solver.minres import MINRES
 from bilevel.solver.newton import Newton
-
 
 DENSE_SIZE = 1500
 """Below so many unknowns a dense factorisation beats every iteration."""

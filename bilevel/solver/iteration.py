@@ -83,9 +83,7 @@ def stopping_norm(budget: Budget, scale: Array, epsilon: float) -> Array:
     Nobody can ask for less than rounding leaves; an iteration pushed past it decays.
     """
     dtype = scale.dtype
-    asked = jnp.maximum(
-        jnp.asarray(budget.rtol, dtype) * scale, jnp.asarray(budget.atol, dtype)
-    )
+    asked = jnp.maximum(jnp.asarray(budget.rtol, dtype) * scale, jnp.asarray(budget.atol, dtype))
     return jnp.maximum(asked, epsilon * scale)
 
 

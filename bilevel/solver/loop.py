@@ -266,7 +266,7 @@ def _confirm(iteration: Iteration, sweep: Callable[..., Any], carry: Any, limits
             & (solver.failure(state) == Status.CONVERGED)
         )
 
-    *carry, _ = jax.lax.while_loop(worthwhile, again, (*carry, jnp.array(True)))  # noqa: FBT003
+    *carry, _ = jax.lax.while_loop(worthwhile, again, (*carry, jnp.array(True)))
     return carry
 
 

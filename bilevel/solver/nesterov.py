@@ -101,7 +101,7 @@ class Nesterov(FirstOrderSolver):
         if self.restart:
             uphill = vector.dot(residual, displacement) < 0
             momentum = jnp.where(uphill, 0.0, momentum)
-            count = jnp.where(uphill, 1, count)
+            count = jnp.where(uphill, 0, count)
         return NesterovState(x, vector.add_scaled(x, momentum, displacement), count)
 
     def _momentum(self, count: Int[Array, ""], dtype: Any) -> Array | float:

@@ -1,6 +1,6 @@
 """Newton's method, with a dense factorisation or a Krylov solver inside."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -135,6 +135,4 @@ def linear_correction(
         transposed = operator.transposed(rhs)
         return solve_linear(transposed, rhs, solver, budget)[0].value
 
-    return jax.lax.custom_linear_solve(
-        operator.matvec, residual, forward, transpose_solve=backward
-    )
+    return jax.lax.custom_linear_solve(operator.matvec, residual, forward, transpose_solve=backward)

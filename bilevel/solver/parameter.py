@@ -2,7 +2,7 @@
 
 import math
 
-import jax
+from jax.core import Tracer
 from jaxtyping import Array
 
 
@@ -11,7 +11,7 @@ def number(owner: str, name: str, value: Array | float) -> float | None:
 
     **Raises:** `TypeError` if it is no real scalar.
     """
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return None
     try:
         return float(value)
@@ -38,6 +38,6 @@ def within(owner: str, name: str, value: Array | float, low: float, high: float)
 
 def whole(owner: str, name: str, value: int, low: int = 1) -> None:
     """**Raises:** `ValueError` unless the value is a whole number, at least `low`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
         msg = f"{owner}: {name} must be a whole number, at least {low}, got {value!r}."
         raise ValueError(msg)

@@ -107,7 +107,8 @@ def _residual(checklist: Checklist, problem: InnerProblem, theta: PyTree, x0: Py
     try:
         check_residual(checklist.subject, jax.eval_shape(residual, theta, x0), x0)
     except TypeError as error:
-        checklist.fail(name, "a residual like x0", "another", str(error))
+        advice = "Return a pytree like x."
+        checklist.fail(name, "a residual like x0", f"this: {error}", advice)
     checklist.hold(name)
     value = residual(theta, x0)
     finite = np.isfinite(flat_norm(value))
@@ -182,8 +183,8 @@ def _duality(
     checklist.require(
         name,
         abs(left - right) <= rounding(point) * scale,
-        f"reverse mode to be the transpose of forward mode, ⟨u, Jv⟩ = {left:.6g}",
-        f"⟨Jᵀu, v⟩ = {right:.6g}",
+        f"reverse mode to be the transpose of forward mode, ⟨u, Jv⟩ = {number(left)}",
+        f"⟨Jᵀu, v⟩ = {number(right)}",
         "Look for custom derivative rules that do not belong together.",
     )
 
@@ -219,8 +220,8 @@ def check_operator(checklist: Checklist, operator: LinearOperator, like: PyTree)
         checklist.require(
             "adjoint",
             abs(left - right) <= rounding(like) * scale,
-            f"⟨v, A u⟩ = ⟨Aᴴ v, u⟩, that is {left:.6g}",
-            f"{right:.6g}",
+            f"⟨v, A u⟩ = ⟨Aᴴ v, u⟩, that is {number(left)}",
+            number(right),
             "Let rmatvec be the conjugate transpose of matvec, or leave it out: it is then found "
             "by transposing matvec.",
         )
@@ -262,8 +263,8 @@ def check_definiteness(
         checklist.require(
             "symmetric",
             abs(left - right) <= rounding(x) * scale,
-            f"⟨N u, v⟩ = ⟨u, N v⟩, that is {left:.6g}",
-            f"{right:.6g}",
+            f"⟨N u, v⟩ = ⟨u, N v⟩, that is {number(left)}",
+            number(right),
             "Do not declare symmetric=True (nor positive_definite=True), and use GMRES or "
             "BiCGStab; or correct the operator.",
         )
@@ -339,6 +340,11 @@ def sesquilinear(x: PyTree, y: PyTree) -> complex:
         (complex(np.vdot(np.asarray(a, wide(a)), np.asarray(b, wide(b)))) for a, b in _pairs(x, y)),
         0j,
     )
+
+
+def number(value: complex) -> str:
+    """Six digits, the imaginary part only where there is one."""
+    return f"{value.real:.6g}" if value.imag == 0 else f"{value:.6g}"
 
 
 def _numbers(values: tuple[float, ...]) -> str:
