@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a benchmark; 0 where every claim holds, 1 where one is missed."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Benchmarks of bilevel. Timings alternate between candidates; medians are told.",
+        description="Benchmarks of bilevel: candidates take turns, medians are told.",
         epilog="Run `python -m benchmarks list` for what there is.",
     )
     parser.add_argument("name", choices=["list", "all", *BENCHMARKS], help="what to run")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -24,7 +25,7 @@ class BoundedQuadratic:
     @classmethod
     def create(cls, samples: int = 1000, unknowns: int = 10) -> "BoundedQuadratic":
         """The data of the published run: A, b, C, D, e in this order, C's weights first."""
-        random = np.random.RandomState(0)  # noqa: NPY002
+        random = np.random.RandomState(0)
         outer = random.rand(samples, unknowns)
         target = outer @ random.rand(unknowns) + 0.01 * random.randn(samples)
         parameter = random.rand(samples, unknowns)
@@ -77,11 +78,12 @@ class BoundedQuadratic:
 
     def inner_objective(self, x: jax.Array, w: jax.Array) -> jax.Array:
         """‖C w + D x − e‖²."""
-        misfit = self.parameter_matrix @ w + self.unknown_matrix @ x - self.inner_target
+        C, D, e = map(jnp.asarray, (self.parameter_matrix, self.unknown_matrix, self.inner_target))
+        misfit = C @ w + D @ x - e
         return misfit @ misfit
 
     def outer_loss(self, x: jax.Array, w: jax.Array) -> jax.Array:
         """‖A x − b‖²."""
         del w
-        misfit = self.outer_matrix @ x - self.outer_target
+        misfit = jnp.asarray(self.outer_matrix) @ x - jnp.asarray(self.outer_target)
         return misfit @ misfit

@@ -13,7 +13,6 @@ from jaxtyping import Array
 from benchmarks.handwritten import Hypergradient
 from benchmarks.problems import Logistic, PoissonControl, Ridge
 
-
 Maker = Callable[[], Hypergradient]
 """Makes a jitted hypergradient anew, as a first call needs."""
 

@@ -36,7 +36,7 @@ class PenaltySearch:
         The split is what `sklearn.model_selection.train_test_split(test_size=0.5)` draws
         from the same generator: a permutation whose first half is the validation set.
         """
-        random = np.random.RandomState(1)  # noqa: NPY002
+        random = np.random.RandomState(1)
         weights = random.randn(20)
         design = random.randn(1000, 20)
         labels = (design @ weights + 0.1 * random.randn(1000) > 0).astype(float)
@@ -93,10 +93,12 @@ class PenaltySearch:
         optimizer = optax.sgd(1.0, momentum=0.9)
 
         @jax.jit
-        def update(penalties: jax.Array, state: optax.OptState) -> tuple[jax.Array, ...]:
+        def update(
+            penalties: jax.Array, state: optax.OptState
+        ) -> tuple[jax.Array, optax.OptState, jax.Array]:
             loss, gradient = jax.value_and_grad(validation_loss)(penalties)
             updates, state = optimizer.update(gradient, state)
-            return jnp.maximum(optax.apply_updates(penalties, updates), FLOOR), state, loss
+            return jnp.maximum(penalties + updates, FLOOR), state, loss
 
         penalties = jnp.ones(20)
         state = optimizer.init(penalties)

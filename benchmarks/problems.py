@@ -1,4 +1,4 @@
-"""Problems with exact hypergradients: ridge, logistic regression, control of the Poisson equation."""
+"""Problems with exact hypergradients: ridge, logistic regression, Poisson control."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -256,7 +256,9 @@ class Stencil:
 
     def matrix(self) -> scipy.sparse.csc_matrix:
         """As a SciPy matrix in float64, rows in the order of `u.reshape(-1)`."""
-        line = scipy.sparse.diags([-1.0, 2.0, -1.0], [-1, 0, 1], shape=(self.points, self.points))
+        line = scipy.sparse.diags_array(
+            [-1.0, 2.0, -1.0], offsets=[-1, 0, 1], shape=(self.points, self.points)
+        )
         total = line
         for _ in range(self.dimensions - 1):
             total = scipy.sparse.kronsum(line, total)

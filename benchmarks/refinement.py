@@ -1,5 +1,6 @@
 """Progressive refinement against full and fixed budgets: wall time to the same error."""
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -169,7 +170,7 @@ def best_fixed(inverse: Inverse, error: float, counts: Sequence[int]) -> int:
 
     for count in sorted(counts, reverse=True):
         attempt(count)
-    distance = max(b - a for a, b in zip(counts, counts[1:], strict=False))
+    distance = max(b - a for a, b in itertools.pairwise(counts))
     while distance > 2:
         distance //= 2
         for neighbour in (best - distance, best + distance):

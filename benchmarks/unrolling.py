@@ -32,7 +32,7 @@ class Case:
     start: Array
     theta: Any
 
-    def by_library(self, estimator: bl.Estimator) -> Callable[[Any, Any], tuple[Array, Any]]:
+    def by_library(self, estimator: bl.Estimator) -> Any:
         """(theta, steps) -> (outer loss, gradient), compiled once for all steps."""
 
         def loss(theta: Any, steps: Any) -> Array:
@@ -48,7 +48,7 @@ class Case:
 
         return jax.jit(jax.value_and_grad(loss))
 
-    def by_scan(self, steps: int) -> Callable[[Any], tuple[Array, Any]]:
+    def by_scan(self, steps: int) -> Any:
         """theta -> (outer loss, gradient), compiled for these steps."""
         return scan_unroll(self.step, self.outer_loss, self.start, steps)
 

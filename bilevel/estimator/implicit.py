@@ -14,7 +14,7 @@ from bilevel.closed import close, stopped
 from bilevel.estimator.base import Estimator, Record, Setting
 from bilevel.solution import Solution, Status
 from bilevel.solver.base import IncompatibleError, InnerSolver
-from bilevel.solver.default import default_linear_solver
+from bilevel.solver.default_linear import default_linear_solver
 from bilevel.solver.linear import solve_linear, trusted
 from bilevel.solver.loop import run
 

@@ -180,7 +180,8 @@ def _reverse(options: Unrolled, history: int) -> Any:
             whole_way = stop == 0
             none = jax.tree.map(jnp.zeros_like, (of_state, of_residual))
             of_state, of_residual = vector.where(whole_way, (of_state, of_residual), none)
-            applied = jnp.asarray(iteration.solver.applications(of_state, count - stop), jnp.int32)
+            share = (count - stop) / jnp.maximum(count, 1)
+            applied = jnp.round(solution.applications * share).astype(jnp.int32)
             adjoint = no_adjoint(start, applied)
             record = record.filled(solution, adjoint, start)
             return of_arrays, of_state, of_residual, None, record

@@ -1,6 +1,6 @@
 """Gradient descent with a line search."""
 
-from typing import ClassVar
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -16,9 +16,10 @@ from bilevel.solver.parameter import positive, whole, within
 
 
 class ArmijoState(eqx.Module):
-    """Iterate, last step length, first gradient norm, evaluations, and why it stopped."""
+    """Iterate and objective, last step length, first gradient norm, evaluations, and status."""
 
     x: PyTree
+    value: Float[Array, ""]
     length: Float[Array, ""]
     first_norm: Float[Array, ""]
     evaluations: Int[Array, ""]
@@ -62,8 +63,6 @@ class ArmijoGradientDescent(FirstOrderSolver):
     growth: Float[Array, ""] | float = 1.5
     trials: int = eqx.field(static=True, default=50)
 
-    recursive: ClassVar[bool] = False
-
     def __check_init__(self) -> None:
         """Validate the parameters where they are concrete."""
         name = "ArmijoGradientDescent"
@@ -79,28 +78,31 @@ class ArmijoGradientDescent(FirstOrderSolver):
     def init(self, problem: BoundProblem, x: PyTree) -> ArmijoState:
         """The first step to try, as if it had come from a step before."""
         residual = problem.residual(x)
-        norm = jax.lax.stop_gradient(vector.norm(residual))
-        evaluations = 1
+        norm = vector.norm(jax.lax.stop_gradient(residual))
         if self.step_size is None:
-            length = first_length(problem, x, residual)
-            evaluations = 2
+            first, products = first_length(problem, x, residual), 1
         else:
-            length = jax.lax.stop_gradient(jnp.asarray(self.step_size, norm.dtype))
-        length = length / jax.lax.stop_gradient(jnp.asarray(self.growth, norm.dtype))
+            first, products = jnp.asarray(self.step_size), 0
+        length = (first / self.growth).astype(norm.dtype)
         return ArmijoState(
-            x, length, norm, jnp.int32(evaluations), jnp.int32(Status.CONVERGED)
+            x=x,
+            value=jax.lax.stop_gradient(objective_of(problem)(x)),
+            length=jax.lax.stop_gradient(length),
+            first_norm=norm,
+            evaluations=jnp.int32(1 + products),
+            status=jnp.int32(Status.CONVERGED),
         )
 
     def step(self, problem: BoundProblem, state: ArmijoState, residual: PyTree) -> ArmijoState:
         """Search along the residual and go there."""
-        length, tried, success, status = self._search(problem, state, residual)
-        x = vector.add_scaled(state.x, jnp.where(success, length, 0.0), residual)
+        trial, status = self._search(problem, state, residual)
         return ArmijoState(
-            x,
-            jnp.where(success, length, state.length),
-            state.first_norm,
-            state.evaluations + tried,
-            status,
+            x=vector.add_scaled(state.x, jnp.where(trial.accepted, trial.length, 0.0), residual),
+            value=jnp.where(trial.accepted, trial.value, state.value),
+            length=jnp.where(trial.accepted, trial.length, state.length),
+            first_norm=state.first_norm,
+            evaluations=state.evaluations + trial.number,
+            status=status,
         )
 
     def failure(self, state: ArmijoState) -> Int[Array, ""]:
@@ -113,42 +115,47 @@ class ArmijoGradientDescent(FirstOrderSolver):
 
     def _search(
         self, problem: BoundProblem, state: ArmijoState, residual: PyTree
-    ) -> tuple[Float[Array, ""], Int[Array, ""], Bool[Array, ""], Int[Array, ""]]:
+    ) -> tuple["_Trial", Int[Array, ""]]:
         objective = objective_of(problem)
-        x, r, last, growth, shrink, decrease = jax.lax.stop_gradient(
-            (state.x, residual, state.length, self.growth, self.shrink, self.decrease)
-        )
-        value = jax.lax.stop_gradient(objective(x))
+        x, r, value = jax.lax.stop_gradient((state.x, residual, state.value))
         squared = vector.dot(r, r)
         dtype = squared.dtype
+        shrink, growth, decrease = (
+            jax.lax.stop_gradient(jnp.asarray(factor, dtype))
+            for factor in (self.shrink, self.growth, self.decrease)
+        )
 
-        def acceptable(length: Array) -> Bool[Array, ""]:
+        def attempt(length: Array, number: Array) -> _Trial:
             point = vector.add_scaled(x, length, r)
             here = objective(point)
 
             def flat() -> Bool[Array, ""]:
                 return vector.dot(problem.residual(point), r) >= (2 * decrease - 1) * squared
 
-            equal = here <= value + slack(value)
             sufficient = here <= value - (decrease * length * squared).astype(value.dtype)
+            equal = here <= value + slack(value)
             # The gradient is evaluated only where the objective cannot decide.
-            return sufficient | jax.lax.cond(equal & ~sufficient, flat, lambda: jnp.array(False))
+            accepted = sufficient | jax.lax.cond(
+                equal & ~sufficient, flat, lambda: jnp.array(False)
+            )
+            return _Trial(length, here, number, accepted)
 
-        def shorten(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            length, tried, _ = carry
-            length = length * jnp.asarray(shrink, dtype)
-            return length, tried + 1, acceptable(length)
-
-        def goes_on(carry: tuple[Array, Array, Array]) -> Array:
-            _, tried, accepted = carry
-            return ~accepted & (tried < self.trials)
-
-        first = last.astype(dtype) * jnp.asarray(growth, dtype)
-        start = (first, jnp.int32(1), acceptable(first))
-        length, tried, success = jax.lax.stop_gradient(
-            jax.lax.while_loop(goes_on, shorten, start)
+        first = state.length * growth
+        trial = jax.lax.while_loop(
+            lambda trial: ~trial.accepted & (trial.number < self.trials),
+            lambda trial: attempt(trial.length * shrink, trial.number + 1),
+            attempt(first, jnp.int32(1)),
         )
         level = jnp.sqrt(jnp.finfo(dtype).eps) * state.first_norm
-        status = failure_of(value, first * squared, jnp.sqrt(squared) <= level)
-        status = jnp.where(success, jnp.int32(Status.CONVERGED), status)
-        return length, tried, success, jax.lax.stop_gradient(status)
+        why = failure_of(value, first * squared, jnp.sqrt(squared) <= level)
+        status = jnp.where(trial.accepted, jnp.int32(Status.CONVERGED), why)
+        return jax.lax.stop_gradient((trial, status))
+
+
+class _Trial(NamedTuple):
+    """One try of a search: a step length, the objective there, and what came of it."""
+
+    length: Float[Array, ""]
+    value: Float[Array, ""]
+    number: Int[Array, ""]
+    accepted: Bool[Array, ""]

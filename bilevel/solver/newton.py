@@ -12,6 +12,7 @@ from bilevel.bound import BoundProblem
 from bilevel.budget import Budget
 from bilevel.operator import LinearOperator
 from bilevel.solver.base import IncompatibleError, InnerSolver
+from bilevel.solver.default_linear import default_linear_solver
 from bilevel.solver.linear import solve_linear
 from bilevel.solver.parameter import whole
 
@@ -68,9 +69,6 @@ class Newton(InnerSolver):
 
     def step(self, problem: BoundProblem, state: NewtonState, residual: PyTree) -> NewtonState:
         """Solve for the correction and damp it."""
-        # Imported late: the default solvers include this one.
-        from bilevel.solver.default import default_linear_solver  # noqa: PLC0415
-
         linear = self.linear or default_linear_solver(problem, state.x)
         budget = self.linear_budget
         if budget is None:

@@ -1,6 +1,6 @@
 """Any optax transformation as an inner solver."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -51,8 +51,6 @@ class Optax(FirstOrderSolver):
     """
 
     transformation: optax.GradientTransformation
-
-    recursive: ClassVar[bool] = False
 
     def __check_init__(self) -> None:
         """Refuse what is no transformation."""

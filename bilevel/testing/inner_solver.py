@@ -6,8 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from bilevel import vector
 from bilevel.budget import Budget
@@ -18,7 +17,14 @@ from bilevel.solver.base import InnerSolver, default_tolerance
 from bilevel.testing.conformance import Checklist, flat_norm, relative_error
 from bilevel.testing.counting import CountedProblem, TraceCounter
 from bilevel.testing.inner_problem import depends_on_theta, rounding
-from bilevel.testing.sample import all_nan, in_single_precision, random_like, sample_problem, stack
+from bilevel.testing.sample import (
+    all_nan,
+    random_like,
+    sample_problem,
+    single_precision,
+    stack,
+    stays_single,
+)
 
 FEW = (0, 1, 2, 5)
 """Budgets at which the count of iterations is looked at."""
@@ -293,11 +299,9 @@ def _vmapped(checklist: Checklist, subject: _Subject, solved: Solution) -> None:
 
 def _single_precision(checklist: Checklist, subject: _Subject) -> None:
     name = "float32 stays float32"
-    solver, problem, theta, x0 = in_single_precision(
-        (_arrays_only(subject.solver), _arrays_only(subject.problem), subject.theta, subject.x0)
-    )
-    solver, problem = _combine(solver, subject.solver), _combine(problem, subject.problem)
-    if not _stays_single(problem, theta, x0):
+    given = (subject.solver, subject.problem, subject.theta, subject.x0)
+    solver, problem, theta, x0 = single_precision(given)
+    if not stays_single(problem, theta, x0):
         return
     budget = Budget(
         iterations=subject.budget.iterations,
@@ -325,26 +329,3 @@ def _single_precision(checklist: Checklist, subject: _Subject) -> None:
         advice,
     )
     checklist.hold(name)
-
-
-def _arrays_only(module: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf if isinstance(leaf, Array | np.ndarray) else None, module)
-
-
-def _combine(arrays: PyTree, module: PyTree) -> Any:
-    return jax.tree.map(
-        lambda array, leaf: leaf if array is None else array,
-        arrays,
-        module,
-        is_leaf=lambda leaf: leaf is None,
-    )
-
-
-def _stays_single(problem: InnerProblem, theta: PyTree, x0: PyTree) -> bool:
-    """Whether the problem itself keeps single precision."""
-    try:
-        outcome = jax.eval_shape(lambda t, x: problem.at(t).residual(x), theta, x0)
-    except TypeError:
-        return False
-    leaves = zip(jax.tree.leaves(outcome), jax.tree.leaves(x0), strict=True)
-    return all(a.dtype == b.dtype for a, b in leaves)

@@ -40,15 +40,26 @@ def with_inexact(tree: PyTree, replacement: PyTree) -> PyTree:
     return eqx.combine(replacement, jax.tree.map(jnp.asarray, tree))
 
 
-def in_single_precision(tree: PyTree) -> PyTree:
-    """The tree with its double-precision leaves rounded to single precision."""
+def single_precision(tree: PyTree) -> PyTree:
+    """The tree with its double-precision arrays rounded to single precision."""
     narrow = {"float64": jnp.float32, "complex128": jnp.complex64}
 
     def convert(leaf: Any) -> Any:
-        array = jnp.asarray(leaf)
-        return array.astype(narrow.get(array.dtype.name, array.dtype))
+        if not isinstance(leaf, jax.Array | np.ndarray):
+            return leaf
+        return jnp.asarray(leaf, narrow.get(leaf.dtype.name, leaf.dtype))
 
     return jax.tree.map(convert, tree)
+
+
+def stays_single(problem: InnerProblem, theta: PyTree, x0: PyTree) -> bool:
+    """Whether the problem itself keeps single precision."""
+    try:
+        outcome = jax.eval_shape(lambda t, x: problem.at(t).residual(x), theta, x0)
+    except TypeError:
+        return False
+    leaves = zip(jax.tree.leaves(outcome), jax.tree.leaves(x0), strict=True)
+    return all(a.dtype == b.dtype for a, b in leaves)
 
 
 def all_nan(tree: PyTree) -> PyTree:
