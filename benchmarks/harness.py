@@ -199,6 +199,12 @@ class Table:
     columns: tuple[str, ...]
     rows: list[tuple[Cell, ...]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        """Refuse two columns of one name: a row is written as a mapping."""
+        if len(set(self.columns)) < len(self.columns):
+            msg = f"Table {self.title!r} has two columns of one name: {self.columns}."
+            raise ValueError(msg)
+
     def add(self, *cells: Cell) -> None:
         """Append a row, one cell a column."""
         if len(cells) != len(self.columns):

@@ -1,6 +1,7 @@
 """Penalty search: a published logistic regression tuned by truncated back-propagation."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,12 +94,11 @@ class PenaltySearch:
         optimizer = optax.sgd(1.0, momentum=0.9)
 
         @jax.jit
-        def update(
-            penalties: jax.Array, state: optax.OptState
-        ) -> tuple[jax.Array, optax.OptState, jax.Array]:
+        def update(penalties: jax.Array, state: optax.OptState) -> Any:
             loss, gradient = jax.value_and_grad(validation_loss)(penalties)
             updates, state = optimizer.update(gradient, state)
-            return jnp.maximum(penalties + updates, FLOOR), state, loss
+            moved: Any = optax.apply_updates(penalties, updates)
+            return jnp.maximum(moved, FLOOR), state, loss
 
         penalties = jnp.ones(20)
         state = optimizer.init(penalties)

@@ -256,9 +256,8 @@ class Stencil:
 
     def matrix(self) -> scipy.sparse.csc_matrix:
         """As a SciPy matrix in float64, rows in the order of `u.reshape(-1)`."""
-        line = scipy.sparse.diags_array(
-            [-1.0, 2.0, -1.0], offsets=[-1, 0, 1], shape=(self.points, self.points)
-        )
+        ahead = scipy.sparse.eye_array(self.points, k=1)
+        line = 2.0 * scipy.sparse.eye_array(self.points) - ahead - ahead.T
         total = line
         for _ in range(self.dimensions - 1):
             total = scipy.sparse.kronsum(line, total)

@@ -84,7 +84,7 @@ def error_bounds(report: Report, inner_counts: range, adjoint_counts: range) -> 
     )
     table = report.table(
         f"Quadratic, ‖G‖ = {norm:.3f}: truncation error",
-        "heavy ball", "CG", "true", "estimated", "of true", "certified", "of true",
+        "heavy ball", "CG", "true", "estimate", "estimate / true", "bound", "bound / true",
     )  # fmt: skip
     estimated, certified = [], []
     for inner in inner_counts:

@@ -103,17 +103,19 @@ class Inverse:
                 ema_window=None,
                 error_window=2,
             )
-        budget = bl.Budget(iterations=policy)
+        budget = bl.Budget(iterations=int(policy))
         return bl.FixedFidelity(bl.Fidelity(budget, budget))
 
     def train(self, policy: str | int, error: float, most_work: float = np.inf) -> bl.Run:
         """Train until θ is known to the error, or the inner iterations pass `most_work`."""
         spent = 0
 
-        def give_up(event: Any) -> None:
+        def watch(event: Any) -> None:
             nonlocal spent
             spent += event.record.primal_iterations or 0
-            if spent > most_work:
+            if event.record.metric <= error:
+                event.stop("the error is reached")
+            elif spent > most_work:
                 event.stop("this takes more iterations than the best policy so far")
 
         return bl.optimize(
@@ -121,7 +123,7 @@ class Inverse:
             optimizer=self.optimizer,
             controller=self.controller(policy),
             epochs=400,
-            callbacks=[bl.Target(error), give_up],
+            callbacks=[watch],
             progress=False,
         )
 

@@ -50,6 +50,12 @@ class Hypergradient(eqx.Module):
     - `error`: estimated truncation error of the gradient against the exact one, infinite
         where a solve failed; `None` where none was asked for.
     - `cost`: iterations and operator applications.
+
+    >>> import jax.numpy as jnp, bilevel as bl
+    >>> problem = bl.LinearSystem(2 * jnp.eye(1), lambda theta: theta * jnp.ones(1))
+    >>> result = bl.hypergradient(lambda x, theta: jnp.sum(x), problem, 1.0, jnp.zeros(1))
+    >>> float(result.value), float(result.gradient), int(result.cost.adjoint_iterations)
+    (0.5, 0.5, 1)
     """
 
     value: Float[Array, ""]

@@ -75,6 +75,7 @@ class AdjointProbe(eqx.Module):
     residual_norm: Float[Array, ""]
     iterations: Float[Array, ""]
     tolerance: Float[Array, ""]
+    scale: Float[Array, ""]
     rate: Float[Array, ""]
     applications: Float[Array, ""]
 
@@ -87,7 +88,7 @@ class AdjointProbe(eqx.Module):
         - `x0`: the start of the solve, or anything with its structure, shapes and dtypes.
         """
         scalar = jnp.zeros((), vector.real_dtype(x0))
-        return cls(vector.zeros_like(x0), vector.zeros_like(x0), *([scalar] * 6))
+        return cls(vector.zeros_like(x0), vector.zeros_like(x0), *([scalar] * 7))
 
     def solution(self) -> Solution:
         """The adjoint solve as a `Solution`."""
@@ -97,6 +98,7 @@ class AdjointProbe(eqx.Module):
             residual_norm=self.residual_norm,
             iterations=self.iterations.astype(jnp.int32),
             tolerance=self.tolerance,
+            scale=self.scale,
             rate=self.rate,
             applications=self.applications.astype(jnp.int32),
         )

@@ -4,6 +4,7 @@ import enum
 from typing import Self
 
 import equinox as eqx
+import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -105,11 +106,22 @@ class Solution(eqx.Module):
     - `residual_norm`: Euclidean norm of the true residual at `value`, real.
     - `iterations`: int32, iterations done.
     - `tolerance`: the residual norm that counted as converged (units of the residual).
+    - `scale`: the residual norm that relative tolerances referred to: of the right-hand
+        side for a linear system, of the first residual otherwise.
     - `rate`: residual reduction per iteration over the second half of the solve
         (< 1: contracting); NaN where fewer than two iterations were done.
     - `applications`: int32, how often the residual, gradient or operator was applied.
     - `history`: residual norm after 0, 1, 2, ... iterations, padded with NaN to the
         length asked for; `None` where none was asked for.
+
+    >>> import jax.numpy as jnp, bilevel as bl
+    >>> problem = bl.FixedPoint(lambda x, theta: 0.5 * x + theta)
+    >>> solution = bl.solve(problem, 1.0, 0.0, solver=bl.FixedPointIteration(),
+    ...                     budget=bl.Budget(iterations=8))
+    >>> int(solution.iterations), float(solution.rate), float(solution.residual_norm)
+    (8, 0.5, 0.00390625)
+    >>> solution.diagnosis.split(".")[0]
+    'BUDGET: The iteration budget ran out before the tolerance was met'
     """
 
     value: PyTree
@@ -117,9 +129,15 @@ class Solution(eqx.Module):
     residual_norm: Float[Array, ""]
     iterations: Int[Array, ""]
     tolerance: Float[Array, ""]
+    scale: Float[Array, ""]
     rate: Float[Array, ""]
     applications: Int[Array, ""]
     history: Float[Array, " length"] | None = None
+
+    @property
+    def relative_residual(self) -> Float[Array, ""]:
+        """The residual norm over its scale; 0 for a system with nothing to solve."""
+        return self.residual_norm / jnp.where(self.scale > 0, self.scale, 1.0)
 
     @property
     def diagnosis(self) -> str:

@@ -20,6 +20,12 @@ class TruncationError(eqx.Module):
     - `adjoint`: because the adjoint solve, or the unrolled iteration, stopped early.
     - `total`: of both together; at most their sum, less where they cancel.
     - `applications`: int32, operator applications that finding this out took.
+
+    >>> import jax.numpy as jnp, bilevel as bl
+    >>> problem = bl.LinearSystem(jnp.eye(2), lambda theta: theta * jnp.ones(2))
+    >>> result = bl.hypergradient(lambda x, theta: jnp.sum(x), problem, 1.0, jnp.zeros(2))
+    >>> float(result.error.total)
+    0.0
     """
 
     primal: Float[Array, ""]
@@ -70,7 +76,19 @@ class Situation:
 
 
 class ErrorEstimator(eqx.Module):
-    """A way to tell how far a computed hypergradient is from the exact one."""
+    """A way to tell how far a computed hypergradient is from the exact one; subclass it.
+
+    >>> import jax.numpy as jnp, bilevel as bl
+    >>> class Unknown(bl.ErrorEstimator):
+    ...     def estimate(self, situation):
+    ...         infinite = jnp.float32(jnp.inf)
+    ...         return bl.TruncationError(infinite, infinite, infinite, jnp.int32(0))
+    >>> problem = bl.LinearSystem(jnp.eye(1), lambda theta: theta * jnp.ones(1))
+    >>> result = bl.hypergradient(lambda x, theta: jnp.sum(x), problem, 1.0, jnp.zeros(1),
+    ...                           error=Unknown())
+    >>> float(result.error.total)
+    inf
+    """
 
     @abc.abstractmethod
     def estimate(self, situation: Situation) -> TruncationError:

@@ -45,6 +45,18 @@ class Estimator(eqx.Module):
     - `solves_adjoint`: whether an adjoint equation is solved, so that there is a λ; the
         others differentiate the iteration itself.
     - `forward_only`: whether only forward mode works.
+
+    The shortest one differentiates nothing:
+
+    >>> import equinox as eqx, jax, jax.numpy as jnp, bilevel as bl
+    >>> class Detached(bl.Estimator):
+    ...     def solve(self, setting, record):
+    ...         return jax.lax.stop_gradient(bl.Implicit().solve(setting, record))
+    >>> problem = bl.LinearSystem(jnp.eye(1), lambda theta: theta * jnp.ones(1))
+    >>> def value(theta):
+    ...     return jnp.sum(bl.solve(problem, theta, jnp.zeros(1), estimator=Detached()).value)
+    >>> float(value(3.0)), float(jax.grad(value)(3.0))
+    (3.0, 0.0)
     """
 
     solves_adjoint: ClassVar[bool] = True
@@ -108,6 +120,7 @@ class Record(eqx.Module):
                         adjoint.residual_norm,
                         adjoint.iterations,
                         adjoint.tolerance,
+                        adjoint.scale,
                         adjoint.rate,
                         adjoint.applications,
                     )
@@ -125,6 +138,7 @@ def no_adjoint(value: PyTree, applications: Array) -> Solution:
         residual_norm=norm,
         iterations=jnp.int32(0),
         tolerance=norm,
+        scale=norm,
         rate=jnp.full_like(norm, jnp.nan),
         applications=applications,
     )
@@ -140,8 +154,8 @@ def _counted(like: Probe, primal: Solution, adjoint: Solution) -> Probe:
         "adjoint_iterations": adjoint.iterations,
         "primal_applications": primal.applications,
         "adjoint_applications": adjoint.applications,
-        "primal_residual": primal.residual_norm,
-        "adjoint_residual": jnp.where(adjoint_ran, adjoint.residual_norm, 0.0),
+        "primal_residual": primal.relative_residual,
+        "adjoint_residual": jnp.where(adjoint_ran, adjoint.relative_residual, 0.0),
         "primal_capped": primal.status == Status.BUDGET,
         "adjoint_capped": adjoint.status == Status.BUDGET,
         "failures": failed,

@@ -57,7 +57,7 @@ class Control:
         self._takes_first = measures_metric and requires == frozenset({"metric"})
         self._template = jax.eval_shape(controller.init)
         self._traceable = _is_traceable(controller, self._template)
-        self._step = Executable(self._traced_step)
+        self._step = Executable(self._controller_step)
         self.state: PyTree = None
         self.fidelity: Fidelity
 
@@ -146,7 +146,7 @@ class Control:
             error = total if total_alone else MeanError(primal, adjoint, total)
         return np.bool_(first), _number(metric), _number(gradient_norm), error
 
-    def _traced_step(
+    def _controller_step(
         self, state: PyTree, first: Any, metric: Any, gradient_norm: Any, error: Any
     ) -> tuple[PyTree, Fidelity | None]:
         # One function for the first step and all others compiles once instead of twice, and

@@ -97,7 +97,8 @@ def _leaf_signature(leaf: Any) -> Hashable:
     if isinstance(leaf, jax.Array):
         # A sharding that was asked for is part of the executable, a default one is not.
         sharding = leaf.sharding if leaf.committed else None
-        return leaf.shape, leaf.dtype, leaf.weak_type, sharding
+        weak = getattr(leaf, "weak_type", False)  # random keys have no such thing
+        return leaf.shape, leaf.dtype, weak, sharding
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf.shape, leaf.dtype, leaf.weak_type, leaf.sharding
     if isinstance(leaf, np.ndarray | np.generic):

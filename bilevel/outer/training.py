@@ -147,12 +147,14 @@ class Training:
 
     def _prepare(self) -> None:
         """Have everything compiled at the same time, as far as shapes are known already."""
-        metric: Any = math.nan
+        if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        metric: Any = np.float64(math.nan)
         if self._validation is not None:
             metric = self._validation.prepare(self._trained)
         elif self._task.validate is not None:
             return  # its dtype is not known before it is called
-        if jnp.shape(metric) != ():
+        if getattr(metric, "shape", None) != ():
             return  # refused when it is measured
         fidelity = self._control.prepare(_widened(metric))
         if fidelity is not None and self._epoch < self._settings.epochs:
@@ -303,19 +305,19 @@ class Training:
         return jax.random.fold_in(jax.random.key(self._settings.seed), epoch)
 
     def _arrays_only(self, update: Update) -> Callable[..., Any]:
-        def on_arrays(trained: PyTree, state: PyTree, batch: Any, fidelity: Fidelity) -> Any:
+        def outer_update(trained: PyTree, state: PyTree, batch: Any, fidelity: Fidelity) -> Any:
             whole = eqx.combine(state, self._optimizer_static)
             trained, whole, report = update(trained, whole, batch, fidelity)
             return trained, eqx.filter(whole, _is_array), report
 
-        return on_arrays
+        return outer_update
 
     def _compiled_validation(self) -> "Executable[[PyTree], Any] | None":
         validate = self._task.validate
         if validate is None:
             return None
 
-        def on_arrays(trained: PyTree) -> Any:
+        def outer_validation(trained: PyTree) -> Any:
             try:
                 return validate(eqx.combine(trained, self._static))
             except jax.errors.JAXTypeError as error:
@@ -325,7 +327,7 @@ class Training:
                 )
                 raise
 
-        return Executable(on_arrays)
+        return Executable(outer_validation)
 
 
 def limits(fidelity: Fidelity) -> dict[str, float | int | None]:
@@ -358,7 +360,7 @@ def _real_number(value: Any) -> np.generic | float:
 
 def _widened(metric: Any) -> Any:
     """Shape and dtype of a metric as `_real_number` leaves it."""
-    return metric if jnp.result_type(metric) in (jnp.float32, jnp.float64) else math.nan
+    return metric if metric.dtype in (jnp.float32, jnp.float64) else math.nan
 
 
 def _device(tree: PyTree) -> str:

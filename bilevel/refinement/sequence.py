@@ -29,12 +29,10 @@ class Arithmetic:
         return min(self.start + self.step * level, self.stop)
 
     def at(self, level: Int[Array, "..."]) -> Array:
-        """The entries at traced levels."""
-        # The product is formed for levels below the last only, where it is under `stop`:
-        # so it stays within int32.
+        """The entries at levels >= 0, traced or not."""
+        # Below the last level this stays under `stop`; there it may leave int32, unused.
         last = len(self) - 1
-        inner = self.start + self.step * jnp.clip(level, 0, max(last - 1, 0))
-        return jnp.where(level >= last, self.stop, inner)
+        return jnp.where(level >= last, self.stop, self.start + self.step * level)
 
     @property
     def largest(self) -> int:
@@ -57,7 +55,7 @@ class Table:
         return self.values[min(level, len(self.values) - 1)]
 
     def at(self, level: Int[Array, "..."]) -> Array:
-        """The entries at traced levels."""
+        """The entries at levels >= 0, traced or not."""
         entries = np.asarray(self.values)
         whole = np.issubdtype(entries.dtype, np.integer)
         table = jnp.asarray(entries, jnp.int32 if whole else None)
@@ -89,7 +87,7 @@ class Formula:
             return float(self.at(jnp.asarray(level, jnp.int32)))
 
     def at(self, level: Int[Array, "..."]) -> Array:
-        """The entries at traced levels."""
+        """The entries at levels >= 0, traced or not."""
         return jnp.asarray(self.schedule(jnp.clip(level, 0, self.length - 1)))
 
     @property

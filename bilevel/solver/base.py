@@ -17,6 +17,14 @@ class IncompatibleError(TypeError):
     """A solver or estimator was paired with a problem it cannot work on.
 
     Raised while tracing, before anything runs.
+
+    >>> import bilevel as bl
+    >>> root = bl.RootFinding(lambda x, theta: x**3 - theta)
+    >>> try:
+    ...     bl.solve(root, 8.0, 1.0, solver=bl.GradientDescent(step_size=0.1))
+    ... except bl.IncompatibleError as error:
+    ...     print(error)  # doctest: +ELLIPSIS
+    GradientDescent cannot solve this RootFinding: it needs an objective to minimise, ...
     """
 
 

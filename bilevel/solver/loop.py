@@ -142,6 +142,7 @@ def drive(
         residual_norm=true_norm,
         iterations=progress.count,
         tolerance=limits.tolerance,
+        scale=iteration.scale,
         rate=_rate(progress),
         applications=applications,
         history=progress.history,

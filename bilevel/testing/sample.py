@@ -79,7 +79,9 @@ def sample_problem(solver: InnerSolver) -> tuple[InnerProblem, PyTree, PyTree]:
         return FixedPoint(_contraction), theta, x0
     if solver.requires & {"objective", "proximal"}:
         return Minimization(_convex), theta, x0
-    system = LinearSystem(_matrix, lambda theta: 1.0 + theta, True, True)
+    system = LinearSystem(
+        _matrix, lambda theta: 1.0 + theta, symmetric=True, positive_definite=True
+    )
     return system, theta, x0
 
 

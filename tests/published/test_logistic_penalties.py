@@ -73,7 +73,7 @@ def test_losses_are_the_published_ones(data):
     def update(penalties, state):
         loss, gradient = evaluate(penalties)
         change, state = optimizer.update(gradient, state)
-        return jnp.maximum(penalties + change, 1e-8), state, loss
+        return jnp.maximum(jax.tree.map(jnp.add, penalties, change), 1e-8), state, loss
 
     penalties = jnp.ones(20)
     state = optimizer.init(penalties)

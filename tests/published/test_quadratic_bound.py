@@ -81,6 +81,7 @@ def cases(quadratic):
                 adjoint_budget=bl.Budget(iterations=adjoint),
                 error=error,
             )
+            assert result.error is not None
             return result.gradient, result.error.total
 
         return evaluate

@@ -1,0 +1,55 @@
+"""The public names of bilevel, one line each; `__init__.py` imports them when they are used."""
+
+from .budget import Budget as Budget
+from .error.base import ErrorEstimator as ErrorEstimator
+from .error.base import TruncationError as TruncationError
+from .error.certified import CertifiedBound as CertifiedBound
+from .error.correction import ResidualCorrection as ResidualCorrection
+from .estimator.base import Estimator as Estimator
+from .estimator.implicit import Implicit as Implicit
+from .estimator.neumann import Neumann as Neumann
+from .estimator.nystrom import Nystrom as Nystrom
+from .estimator.one_step import OneStep as OneStep
+from .estimator.unrolled import Unrolled as Unrolled
+from .evaluation import Hypergradient as Hypergradient
+from .evaluation import hypergradient as hypergradient
+from .evaluation import truncation_error as truncation_error
+from .inner_solve import solve as solve
+from .operator import LinearOperator as LinearOperator
+from .outer.compare import compare as compare
+from .outer.optimize import optimize as optimize
+from .outer.run import Run as Run
+from .outer.task import Task as Task
+from .probe import AdjointProbe as AdjointProbe
+from .probe import Probe as Probe
+from .problem import FixedPoint as FixedPoint
+from .problem import InnerProblem as InnerProblem
+from .problem import LinearSystem as LinearSystem
+from .problem import Minimization as Minimization
+from .problem import RootFinding as RootFinding
+from .refinement.error_controlled import ErrorControlled as ErrorControlled
+from .refinement.fidelity import Fidelity as Fidelity
+from .refinement.fixed import FixedFidelity as FixedFidelity
+from .refinement.ladder import Ladder as Ladder
+from .refinement.progressive import ProgressiveRefinement as ProgressiveRefinement
+from .refinement.scheduled import ScheduledFidelity as ScheduledFidelity
+from .solution import Solution as Solution
+from .solution import Status as Status
+from .solver.base import IncompatibleError as IncompatibleError
+from .solver.base import InnerSolver as InnerSolver
+from .solver.bicgstab import BiCGStab as BiCGStab
+from .solver.conjugate_gradient import ConjugateGradient as ConjugateGradient
+from .solver.direct import Direct as Direct
+from .solver.fixed_point_iteration import FixedPointIteration as FixedPointIteration
+from .solver.gmres import GMRES as GMRES
+from .solver.gradient_descent import GradientDescent as GradientDescent
+from .solver.heavy_ball import HeavyBall as HeavyBall
+from .solver.jacobi import Jacobi as Jacobi
+from .solver.minres import MINRES as MINRES
+from .solver.nesterov import Nesterov as Nesterov
+from .solver.newton import Newton as Newton
+from .solver.nystrom_inverse import NystromInverse as NystromInverse
+from .solver.preconditioning import JacobiPreconditioner as JacobiPreconditioner
+from .solver.richardson import Richardson as Richardson
+
+__version__: str

@@ -1,0 +1,156 @@
+"""Anderson acceleration."""
+
+from typing import ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from bilevel import vector
+from bilevel.bound import BoundProblem
+from bilevel.solver.base import IncompatibleError, InnerSolver
+from bilevel.solver.parameter import positive, whole, within
+
+REGULARISATION = 10.0
+"""Default regularisation, in units of the dtype's rounding error."""
+
+
+class AndersonState(eqx.Module):
+    """Iterate, residual before it, and the last differences of both.
+
+    `steps` and `changes` are differences of iterates and of residuals, along a leading
+    axis of length `memory` in which they go round.
+    """
+
+    x: PyTree
+    previous: PyTree
+    steps: PyTree
+    changes: PyTree
+    count: Int[Array, ""]
+
+
+class Anderson(InnerSolver):
+    """Anderson acceleration of a fixed-point iteration: the default for fixed points.
+
+    Anderson 1965, in the form of Walker and Ni 2011 (type II, differences): the next iterate
+    is x + βr - Σ γⱼ (Δxⱼ + βΔrⱼ), with γ such that ‖r - Σ γⱼ Δrⱼ‖ is smallest over the last
+    differences.  For a linear system the residual is b - Ax and β a Richardson step; the
+    iteration is then close to GMRES restarted after `memory` steps, and β = 1 suits the
+    adjoint systems of fixed points, whose operator is I - T'.
+
+    **Arguments:**
+
+    - `memory`: differences kept, static. Vectors kept: 2 `memory` + 2.
+    - `mixing`: β > 0; in units of x over units of the residual. Traced.
+    - `regularisation`: added to the diagonal of the least-squares problem, whose columns
+        are scaled to length one: dimensionless. By default ten times the rounding error
+        of the dtype. Traced.
+
+    **Raises:** `ValueError` for arguments out of range.
+
+    >>> import jax.numpy as jnp, bilevel as bl
+    >>> problem = bl.FixedPoint(lambda x, theta: jnp.cos(x) * theta)
+    >>> solution = bl.solve(problem, 1.0, 0.5, solver=bl.Anderson(), budget=bl.Budget(rtol=1e-4))
+    >>> round(float(solution.value), 4), int(solution.iterations) < 6
+    (0.7391, True)
+    """
+
+    instead: ClassVar[str] = (
+        "LBFGS or ArmijoGradientDescent for an objective, Newton for a residual"
+    )
+    linear_adjoint: ClassVar[bool] = True
+
+    memory: int = eqx.field(static=True, default=5)
+    mixing: Float[Array, ""] | float = 1.0
+    regularisation: Float[Array, ""] | float | None = None
+
+    def __check_init__(self) -> None:
+        """Validate the parameters where they are concrete."""
+        whole("Anderson", "memory", self.memory)
+        positive("Anderson", "mixing", self.mixing)
+        if self.regularisation is not None:
+            within("Anderson", "regularisation", self.regularisation, 0.0, 1.0)
+
+    def check(self, problem: BoundProblem) -> None:
+        """Refuse what is neither a fixed point nor a linear system.
+
+        **Raises:** `IncompatibleError`.
+        """
+        if problem.mapping is None and problem.operator is None:
+            msg = (
+                f"Anderson cannot solve this {problem.name}: it needs a fixed-point mapping or a "
+                f"linear system. Use {self.instead} instead."
+            )
+            raise IncompatibleError(msg)
+
+    def init(self, problem: BoundProblem, x: PyTree) -> AndersonState:
+        """Start without differences."""
+        del problem
+        none = jax.tree.map(lambda leaf: jnp.zeros((self.memory, *leaf.shape), leaf.dtype), x)
+        return AndersonState(x, vector.zeros_like(x), none, none, jnp.int32(0))
+
+    def step(self, problem: BoundProblem, state: AndersonState, residual: PyTree) -> AndersonState:
+        """Combine the last differences, and mix."""
+        del problem
+        change = vector.subtract(residual, state.previous)
+        slot = (state.count - 1) % self.memory
+        some = state.count > 0
+        changes = jax.tree.map(
+            lambda rows, row: rows.at[slot].set(jnp.where(some, row, 0)), state.changes, change
+        )
+        weights = _least_squares(changes, residual, self._regularisation(residual))
+        mixed = vector.subtract(residual, _combine(changes, weights))
+        step = vector.scale(self.mixing, mixed)
+        step = vector.subtract(step, _combine(state.steps, weights))
+        slot = state.count % self.memory
+        steps = jax.tree.map(lambda rows, row: rows.at[slot].set(row), state.steps, step)
+        return AndersonState(vector.add(state.x, step), residual, steps, changes, state.count + 1)
+
+    def _regularisation(self, like: PyTree) -> Array | float:
+        if self.regularisation is None:
+            return REGULARISATION * vector.epsilon(like)
+        return self.regularisation
+
+
+def _least_squares(
+    columns: PyTree, target: PyTree, regularisation: Array | float
+) -> Float[Array, " memory"]:
+    """The γ that makes ‖target - Σ γⱼ columnⱼ‖ smallest, by normal equations scaled to one.
+
+    Columns that are zero get γ = 0.
+    """
+    gram, projections = _products(columns, columns), _products(columns, target)
+    squares = jnp.diagonal(gram)
+    some = squares > 0
+    lengths = jnp.where(some, jnp.sqrt(jnp.where(some, squares, 1.0)), 1.0)
+    scaled = gram / (lengths[:, None] * lengths[None, :])
+    extra = jnp.where(some, jnp.asarray(regularisation, gram.dtype), 1.0)
+    return jnp.linalg.solve(scaled + jnp.diag(extra), projections / lengths) / lengths
+
+
+def _products(rows: PyTree, others: PyTree) -> Array:
+    """Real inner products of stacked vectors with one vector or with other stacked ones."""
+
+    def product(a: Array, b: Array) -> Array:
+        memory = a.shape[0]
+        flat = a.reshape(memory, -1)
+        other = b.reshape(-1) if b.ndim < a.ndim else b.reshape(memory, -1).T
+        return (flat.conj() @ other).real
+
+    parts = [
+        product(a, b)
+        for a, b in zip(jax.tree.leaves(rows), jax.tree.leaves(others), strict=True)
+    ]
+    dtype = vector.real_dtype(rows)
+    return sum((part.astype(dtype) for part in parts[1:]), parts[0].astype(dtype))
+
+
+def _combine(rows: PyTree, weights: Float[Array, " memory"]) -> PyTree:
+    """Σ weights_j rows_j, in the dtypes of the rows."""
+
+    def combine(leaf: Array) -> Array:
+        real = weights.astype(jnp.finfo(leaf.dtype).dtype)
+        return jnp.tensordot(real, leaf, axes=1).astype(leaf.dtype)
+
+    return jax.tree.map(combine, rows)
