@@ -18,6 +18,8 @@ import jax
 from rich.console import Console
 from rich.table import Table as RichTable
 
+import bilevel as bl
+
 Cell = str | int | float | None
 """What stands in a table: `None` where there is nothing to say."""
 
@@ -297,8 +299,8 @@ def _text(cell: Cell) -> str:
 
 def environment() -> dict[str, Any]:
     """Versions and machine: what a figure must be read with."""
-    versions: dict[str, str] = {"python": platform.python_version()}
-    for name in ("bilevel", "jax", "jaxlib", "numpy", "scipy", "equinox", "optax", "jaxopt"):
+    versions = {"python": platform.python_version(), "bilevel": bl.__version__}
+    for name in ("jax", "jaxlib", "numpy", "scipy", "equinox", "optax", "jaxopt"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

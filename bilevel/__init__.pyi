@@ -1,6 +1,7 @@
 """The public names of bilevel, one line each; `__init__.py` imports them when they are used."""
 
 from .budget import Budget as Budget
+from .composite import CompositeMinimization as CompositeMinimization
 from .error.base import ErrorEstimator as ErrorEstimator
 from .error.base import TruncationError as TruncationError
 from .error.certified import CertifiedBound as CertifiedBound
@@ -27,17 +28,27 @@ from .problem import InnerProblem as InnerProblem
 from .problem import LinearSystem as LinearSystem
 from .problem import Minimization as Minimization
 from .problem import RootFinding as RootFinding
+from .proximal import Box as Box
+from .proximal import ElasticNet as ElasticNet
+from .proximal import L1 as L1
+from .proximal import NonNegative as NonNegative
+from .proximal import ProximalOperator as ProximalOperator
+from .refinement.controller import Controller as Controller
 from .refinement.error_controlled import ErrorControlled as ErrorControlled
 from .refinement.fidelity import Fidelity as Fidelity
 from .refinement.fixed import FixedFidelity as FixedFidelity
 from .refinement.ladder import Ladder as Ladder
 from .refinement.progressive import ProgressiveRefinement as ProgressiveRefinement
+from .refinement.scheduled import HoagTolerances as HoagTolerances
 from .refinement.scheduled import ScheduledFidelity as ScheduledFidelity
 from .solution import Solution as Solution
 from .solution import Status as Status
+from .solver.anderson import Anderson as Anderson
+from .solver.armijo import ArmijoGradientDescent as ArmijoGradientDescent
 from .solver.base import IncompatibleError as IncompatibleError
 from .solver.base import InnerSolver as InnerSolver
 from .solver.bicgstab import BiCGStab as BiCGStab
+from .solver.chebyshev import Chebyshev as Chebyshev
 from .solver.conjugate_gradient import ConjugateGradient as ConjugateGradient
 from .solver.direct import Direct as Direct
 from .solver.fixed_point_iteration import FixedPointIteration as FixedPointIteration
@@ -45,11 +56,15 @@ from .solver.gmres import GMRES as GMRES
 from .solver.gradient_descent import GradientDescent as GradientDescent
 from .solver.heavy_ball import HeavyBall as HeavyBall
 from .solver.jacobi import Jacobi as Jacobi
+from .solver.lbfgs import LBFGS as LBFGS
 from .solver.minres import MINRES as MINRES
 from .solver.nesterov import Nesterov as Nesterov
 from .solver.newton import Newton as Newton
 from .solver.nystrom_inverse import NystromInverse as NystromInverse
+from .solver.optax_solver import Optax as Optax
 from .solver.preconditioning import JacobiPreconditioner as JacobiPreconditioner
+from .solver.proximal_gradient import ProximalGradient as ProximalGradient
 from .solver.richardson import Richardson as Richardson
+from .solver.steepest_descent import SteepestDescent as SteepestDescent
 
 __version__: str

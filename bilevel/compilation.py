@@ -1,7 +1,6 @@
 """Compile once: calls outside jit reuse one executable for all traced values."""
 
 import functools
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -10,46 +9,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-
-class _Function:
-    """A function as part of a cache key: itself and the objects its closure holds.
-
-    jit keys on the function alone and would go on using the values that its closure
-    held at the first call; a rebound closure variable must compile anew.
-    """
-
-    def __init__(self, function: Callable[..., Any]):
-        self.function = function
-        self.captured = tuple(_cells(function))
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, _Function)
-            and self.function == other.function
-            and len(self.captured) == len(other.captured)
-            and all(a is b for a, b in zip(self.captured, other.captured, strict=True))
-        )
-
-    def __hash__(self) -> int:
-        return hash((self.function, *map(id, self.captured)))
-
-
-def _cells(function: Callable[..., Any]) -> list[Any]:
-    if isinstance(function, functools.partial):
-        parts = [function.func, *function.args, *function.keywords.values()]
-        return [*parts, *(_cells(function.func))]
-    if isinstance(function, types.MethodType):
-        return [*vars(function.__self__).values()] if hasattr(function.__self__, "__dict__") else []
-    contents: list[Any] = []
-    for cell in getattr(function, "__closure__", None) or ():
-        try:
-            content = cell.cell_contents
-        except ValueError:  # a name that is not bound yet
-            continue
-        contents.append(content)
-        if isinstance(content, types.FunctionType) and content is not function:
-            contents.extend(_cells(content))
-    return contents
+from bilevel.captured import Captured, Classes
 
 
 def _is_traced_leaf(leaf: Any) -> bool:
@@ -58,17 +18,22 @@ def _is_traced_leaf(leaf: Any) -> bool:
     return isinstance(leaf, float | complex) and not isinstance(leaf, bool)
 
 
+def _may_hold(leaf: Any) -> bool:
+    return not isinstance(leaf, type) and (callable(leaf) or hasattr(leaf, "__dict__"))
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function of pytrees that hold arrays and Python objects.
 
     Arrays and Python floats anywhere in the arguments are traced; functions, strings,
-    integers and the rest are part of the cache key. Inside someone else's trace with
-    traced values in a closure, the function is inlined instead: the outer jit compiles it.
+    integers and the rest are part of the cache key, functions and objects together with
+    what they hold ([`Captured`][]). Inside someone else's trace with traced values in a
+    closure, the function is inlined instead: the outer jit compiles it.
     """
 
     @functools.partial(jax.jit, static_argnums=0)
     def call(static: tuple[Any, ...], dynamic: list[Any]) -> Any:
-        leaves, treedef = static
+        leaves, treedef, _ = static
         remaining = iter(dynamic)
         merged = [next(remaining) if leaf is _SLOT else _unwrap(leaf) for leaf in leaves]
         args, kwargs = jax.tree.unflatten(treedef, merged)
@@ -82,20 +47,19 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         static = tuple(
             _SLOT
             if _is_traced_leaf(leaf)
-            else (_Function(leaf) if callable(leaf) and not isinstance(leaf, type) else leaf)
+            else (Captured(leaf) if _may_hold(leaf) else leaf)
             for leaf in leaves
         )
-        captured = [
-            item for leaf in static if isinstance(leaf, _Function) for item in leaf.captured
-        ]
-        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(captured)):
+        classes = Classes((args, kwargs))
+        held = [part for leaf in static if isinstance(leaf, Captured) for part in leaf.held]
+        if any(isinstance(part, Tracer) for part in jax.tree.leaves([*held, *classes.held])):
             return function(*args, **kwargs)
         try:
-            hash((static, treedef))
+            hash((static, treedef, classes))
         except TypeError:
             return function(*args, **kwargs)
         dynamic = [leaf for leaf in leaves if _is_traced_leaf(leaf)]
-        arrays, rest = call((static, treedef), dynamic)
+        arrays, rest = call((static, treedef, classes), dynamic)
         return eqx.combine(arrays, rest.value)
 
     return wrapper
@@ -122,4 +86,4 @@ _SLOT = _Slot()
 
 
 def _unwrap(leaf: Any) -> Any:
-    return leaf.function if isinstance(leaf, _Function) else leaf
+    return leaf.thing if isinstance(leaf, Captured) else leaf

@@ -1,6 +1,5 @@
 """Composite minimisation: a smooth objective plus a non-smooth term."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,27 +11,13 @@ from jaxtyping import Array, Float, PyTree
 from bilevel import vector
 from bilevel.bound import BoundProblem
 from bilevel.closed import stopped
+from bilevel.perturbation import along, instantiate, perturbed
 from bilevel.problem import InnerProblem
-from bilevel.proximal import Proximal, ProximalOperator
+from bilevel.proximal import Proximal, ProximalOperator, ProximalParts
 from bilevel.solver.lanczos import extreme_eigenvalues
 
 LANCZOS_STEPS = 10
 """Hessian products that the step of the residual is found from."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ProximalParts:
-    """A composite objective at one θ, in the parts that proximal methods use.
-
-    - `objective`: x -> the smooth part g; `gradient`: x -> its direction of steepest ascent.
-    - `proximal`: (z, step) -> prox of step · h at z.
-    - `step`: the γ of the residual.
-    """
-
-    objective: Callable[[Any], Array]
-    gradient: Callable[[Any], Any]
-    proximal: Callable[[Any, Any], Any]
-    step: Float[Array, ""]
 
 
 class CompositeMinimization(InnerProblem):
@@ -55,8 +40,8 @@ class CompositeMinimization(InnerProblem):
     - `proximal`: [`L1`][], [`ElasticNet`][], [`NonNegative`][], [`Box`][], an operator of your
         own ([`ProximalOperator`][]), or a function (z, step, theta) -> like z, of which
         no structure is known: its linear systems are solved as general ones.
-    - `step`: γ in units of x over units of the gradient, where you know better. Only the
-        scale of the residual depends on it.
+    - `step`: γ in units of x over units of the gradient, where you know the largest
+        eigenvalue L of the Hessian: 1/L. Measured at the start otherwise.
 
     **Raises:** `TypeError` for a proximal that is neither.
 
@@ -169,18 +154,19 @@ class SupportEquation(InnerProblem):
 
     With D = ∂prox, diagonal, and H = ∂²g, the natural residual r has N = I - D (I - γH), which is
     not symmetric.  Let S be the entries with D ≠ 0 and Z the others.  The same solution
-    solves F = M r with M = D⁻¹ on S and 1 on Z, minus γH from Z to S; at r = 0 its derivative
-    is
+    solves F = M r / γ with M = D⁻¹ on S and 1 on Z, minus γH from Z to S; at r = 0 its
+    derivative is
 
-        N = γH + (1 - D)/D on S,   1 on Z,   nothing in between,
+        N = H + (1 - D)/(γD) on S,   1/γ on Z,   nothing in between,
 
-    symmetric, and positive definite where the objective is strictly convex on S.
+    symmetric, and positive definite where the objective is strictly convex on S.  On S it
+    is the Hessian of the objective and of the smooth part of h, whatever γ.
     """
 
     composite: CompositeMinimization
 
     def residual(self, x: PyTree, theta: PyTree) -> PyTree:
-        """F = M r."""
+        """F = M r / γ."""
         return self.at(theta).residual(x)
 
     def at(self, theta: PyTree) -> BoundProblem:
@@ -194,34 +180,80 @@ class SupportEquation(InnerProblem):
 
     def _symmetric(self, theta: PyTree, x: PyTree) -> PyTree:
         parts = self.composite.parts(theta, x)
-        pinned = self.composite.proximal.pinned
-        # What these capture, θ first of all, must be an argument of the rule below.
+        coupled = not self.composite.proximal.pinned
+        # What these captured, θ first of all, must be an argument of the rule below.
         functions = (
             eqx.filter_closure_convert(parts.gradient, x),
             eqx.filter_closure_convert(parts.proximal, x, parts.step),
+            jax.lax.stop_gradient(parts.step),
         )
         arrays, static = eqx.partition(functions, eqx.is_array)
-        step = jax.lax.stop_gradient(parts.step)
 
-        def form(arrays: Any, x: PyTree) -> "_Form":
-            gradient, proximal = eqx.combine(arrays, static)
-            return _Form(gradient, lambda z: proximal(z, step), x, step)
+        def plain(arrays: Any, x: PyTree) -> PyTree:
+            return _Support(*eqx.combine(arrays, static), x).residual(coupled=coupled)
 
+        # The derivative in x is exact at the solution and symmetric everywhere; what it
+        # leaves out is of the order of the residual, and a third derivative.
         @jax.custom_jvp
         def residual(arrays: Any, x: PyTree) -> PyTree:
-            return form(arrays, x).residual(coupled=not pinned)
+            return plain(arrays, x)
 
         def rule(primals: Any, tangents: Any) -> Any:
             arrays, x = primals
             arrays_dot, x_dot = tangents
             tangent = vector.zeros_like(x)
-            if not _all_zero(x_dot):
-                operator = form(arrays, x).operator
-                tangent = vector.negative(operator(_dense(x_dot)))
-            if not _all_zero(arrays_dot):
-                change = _along(lambda arrays: residual(arrays, x), arrays, arrays_dot)
+            if perturbed(x_dot):
+                support = _Support(*eqx.combine(arrays, static), x)
+                tangent = vector.negative(support.operator(instantiate(x_dot)))
+            if perturbed(arrays_dot):
+                change = along(lambda arrays: plain(arrays, x), arrays, arrays_dot)
                 tangent = vector.add(tangent, change)
             return residual(arrays, x), tangent
 
         residual.defjvp(rule, symbolic_zeros=True)
         return residual(arrays, x)
+
+
+class _Support:
+    """The natural residual at x, and what of it lives on the support."""
+
+    def __init__(self, gradient: Any, proximal: Any, step: Array, x: PyTree):
+        slope, self.hessian = jax.linearize(gradient, x)
+        z = vector.add_scaled(x, -step, slope)
+        ones = jax.tree.map(jnp.ones_like, z)
+        # Of a separable operator, the diagonal is all there is of the derivative.
+        mapped, self.diagonal = jax.jvp(lambda z: proximal(z, step), (z,), (ones,))
+        self.natural = vector.subtract(mapped, x)
+        self.step = step
+        self.moves = jax.tree.map(lambda d: d != 0, self.diagonal)
+
+    def residual(self, *, coupled: bool) -> PyTree:
+        """F; `coupled` where entries off the support move with θ and take others along."""
+        scaled = self._on_support(lambda d, r: r / d, self.natural, self.natural)
+        scaled = vector.scale(1.0 / self.step, scaled)
+        if not coupled:
+            return scaled
+        outside = self._choose(vector.zeros_like(scaled), self.natural)
+        return self._choose(vector.subtract(scaled, self.hessian(outside)), scaled)
+
+    def operator(self, v: PyTree) -> PyTree:
+        """N v."""
+        curved = self.hessian(self._choose(v, vector.zeros_like(v)))
+        damped = self._on_support(lambda d, leaf: (1 - d) / d * leaf, v, v)
+        damped = vector.scale(1.0 / self.step, damped)
+        return self._choose(vector.add(curved, damped), damped)
+
+    def _choose(self, on_support: PyTree, elsewhere: PyTree) -> PyTree:
+        return jax.tree.map(jnp.where, self.moves, on_support, elsewhere)
+
+    def _on_support(self, function: Any, v: PyTree, otherwise: PyTree) -> PyTree:
+        """function(D, v) on the support, something else outside."""
+        return jax.tree.map(
+            lambda moves, d, leaf, other: jnp.where(
+                moves, function(jnp.where(moves, d, 1), leaf), other
+            ),
+            self.moves,
+            self.diagonal,
+            v,
+            otherwise,
+        )

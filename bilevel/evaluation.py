@@ -190,9 +190,10 @@ def _evaluate(
         detail = report.detail
         adjoint = detail.solution()
     left = detail.residual if detail is not None and estimator.solves_adjoint else None
+    equation = setting.problem.equation(x0)
     situation = Situation(
         outer_loss=outer_loss,
-        problem=setting.problem,
+        problem=equation,
         theta=moving,
         with_theta=with_theta,
         x=jax.lax.stop_gradient(primal.value),
@@ -201,7 +202,7 @@ def _evaluate(
         adjoint=adjoint,
         adjoint_value=adjoint.value if estimator.solves_adjoint else None,
         adjoint_residual=left,
-        linear_solver=estimator.correction_solver(setting.problem.at(theta), x0),
+        linear_solver=estimator.correction_solver(equation.at(theta), x0),
     )
     error = None if judge is None else _judged(judge, situation)
     none = jnp.int32(0)
@@ -278,7 +279,7 @@ def _estimate(
     moving, fixed = eqx.partition(theta, eqx.is_inexact_array)
     situation = Situation(
         outer_loss=outer_loss,
-        problem=problem,
+        problem=problem.equation(solution.value),
         theta=moving,
         with_theta=lambda moving: eqx.combine(moving, fixed),
         x=solution.value,

@@ -186,6 +186,7 @@ def complete(setting: Setting) -> Setting:
     check_residual(bound.name, jax.eval_shape(bound.residual, setting.x0), setting.x0)
     solver = setting.solver
     problem = as_linear(setting.problem, setting.theta, setting.x0, solver)
+    problem = problem.anchored(setting.theta, setting.x0)
     bound = problem.at(setting.theta)
     if solver is None:
         solver = default_solver(bound, setting.x0)

@@ -38,6 +38,19 @@ class InnerProblem(eqx.Module):
     def residual(self, x: PyTree, theta: PyTree) -> PyTree:
         """F(x, θ), like x, zero at the solution."""
 
+    def anchored(self, theta: PyTree, x: PyTree) -> "InnerProblem":
+        """The same problem with what it measures once, at the start of a solve; or itself."""
+        del theta, x
+        return self
+
+    def equation(self, x: PyTree) -> "InnerProblem":
+        """The equation whose derivative is taken: the problem's own, or a better one.
+
+        Another one must have the same solution for every θ.
+        """
+        del x
+        return self
+
     def at(self, theta: PyTree) -> BoundProblem:
         """The problem at one θ, as solvers see it."""
         return BoundProblem(

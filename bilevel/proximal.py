@@ -1,6 +1,7 @@
 """Proximal operators: the non-smooth terms of a composite objective."""
 
 import abc
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -9,7 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 
 class ProximalOperator(eqx.Module):
@@ -43,7 +44,7 @@ class ProximalOperator(eqx.Module):
         return False
 
     @abc.abstractmethod
-    def __call__(self, z: PyTree, step: Array, theta: PyTree) -> PyTree:
+    def __call__(self, z: PyTree, step: Array | float, theta: PyTree) -> PyTree:
         """The proximal operator of `step` · h(·, θ) at z, like z."""
 
     def check(self, x: PyTree) -> None:
@@ -79,10 +80,10 @@ class L1(ProximalOperator):
         """Entries off the support are zero."""
         return True
 
-    def __call__(self, z: PyTree, step: Array, theta: PyTree) -> PyTree:
+    def __call__(self, z: PyTree, step: Array | float, theta: PyTree) -> PyTree:
         """Shrink every entry by step · w, to zero at most."""
         return _leafwise(
-            lambda leaf, weight: _shrink(leaf, step.astype(weight.dtype) * weight),
+            lambda leaf, weight: _shrink(leaf, jnp.asarray(step, weight.dtype) * weight),
             z,
             (parameter("L1", "weight", self.weight, theta, z),),
         )
@@ -118,11 +119,11 @@ class ElasticNet(ProximalOperator):
         """Entries off the support are zero."""
         return True
 
-    def __call__(self, z: PyTree, step: Array, theta: PyTree) -> PyTree:
+    def __call__(self, z: PyTree, step: Array | float, theta: PyTree) -> PyTree:
         """Shrink by step · w, then divide by 1 + step · q."""
 
         def apply(leaf: Array, weight: Array, quadratic: Array) -> Array:
-            length = step.astype(weight.dtype)
+            length = jnp.asarray(step, weight.dtype)
             return _shrink(leaf, length * weight) / (1 + length * quadratic)
 
         weights = (
@@ -147,7 +148,7 @@ class NonNegative(ProximalOperator):
         """Entries at the bound are zero."""
         return True
 
-    def __call__(self, z: PyTree, step: Array, theta: PyTree) -> PyTree:
+    def __call__(self, z: PyTree, step: Array | float, theta: PyTree) -> PyTree:
         """Set negative entries to zero."""
         del step, theta
         # Written so that NaN stays NaN.
@@ -193,7 +194,7 @@ class Box(ProximalOperator):
         """Whether the bounds are plain numbers."""
         return self.fixed
 
-    def __call__(self, z: PyTree, step: Array, theta: PyTree) -> PyTree:
+    def __call__(self, z: PyTree, step: Array | float, theta: PyTree) -> PyTree:
         """Move entries that are outside to the bound."""
         del step
         bounds = (
@@ -217,9 +218,24 @@ class Proximal(ProximalOperator):
 
     function: Callable[[Any, Any, Any], Any]
 
-    def __call__(self, z: PyTree, step: Array, theta: PyTree) -> PyTree:
+    def __call__(self, z: PyTree, step: Array | float, theta: PyTree) -> PyTree:
         """The user's function."""
         return self.function(z, step, theta)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProximalParts:
+    """A composite objective at one θ, in the parts that proximal methods use.
+
+    - `objective`: x -> the smooth part g; `gradient`: x -> its direction of steepest ascent.
+    - `proximal`: (z, step) -> prox of step · h at z.
+    - `step`: the γ of the residual.
+    """
+
+    objective: Callable[[Any], Array]
+    gradient: Callable[[Any], Any]
+    proximal: Callable[[Any, Any], Any]
+    step: Float[Array, ""]
 
 
 def parameter(owner: str, name: str, given: Any, theta: PyTree, x: PyTree) -> PyTree:

@@ -5,9 +5,8 @@ import argparse
 from bilevel.cli.failure import DONE, INTERRUPTED, UsageError
 from bilevel.cli.output import put, say
 from bilevel.cli.training import check_trainable, console, directory_for, load, report
-from bilevel.outer.compare import check_policies, recommended
+from bilevel.outer.compare import check_policies, occupied_folder, recommended
 from bilevel.outer.compare import compare as compare_policies
-from bilevel.outer.comparison import COMPARISON_FILE
 from bilevel.outer.plotting import MissingPlotsError, plot_runs
 from bilevel.outer.policy import parse_policies
 
@@ -27,9 +26,11 @@ def compare(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from error
     directory = directory_for(options, f"{task.name}-comparison")
-    if directory is not None and (directory / COMPARISON_FILE).exists() and not options.overwrite:
-        msg = f"{directory} holds a comparison already; add --overwrite, or name another directory."
-        raise UsageError(msg)
+    if directory is not None and not options.overwrite:
+        occupied = occupied_folder(directory, policies, options.seeds)
+        if occupied is not None:
+            msg = f"{occupied} holds results already; add --overwrite, or name another directory."
+            raise UsageError(msg)
     with file.guard():
         outcome = compare_policies(
             file.build,

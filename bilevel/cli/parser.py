@@ -59,7 +59,7 @@ def _surplus(argument: str, parser: argparse.ArgumentParser) -> str:
     if not argument.startswith("-"):
         return f"one argument too many: {argument!r}."
     option = argument.partition("=")[0]
-    known = [name for action in parser._actions for name in action.option_strings]  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+    known = [name for action in parser._actions for name in action.option_strings]  # noqa: SLF001
     return f"there is no option {option}{nearest(option, known)}"
 
 

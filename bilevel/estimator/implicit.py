@@ -120,10 +120,11 @@ def solve_implicitly(
     # Closing over nothing lets a θ captured by the user's functions be seen: it is cut off
     # the iteration here, and differentiated through the closed problem below.
     solution = stopped(eqx.filter_closure_convert(primal, theta, x0))(stopped(theta), x0)
-    closed = close(problem, theta, x0)
+    equation = problem.equation(x0)
+    closed = close(equation, theta, x0)
     linear = adjoint_solver
     if linear is None:
-        linear = default_linear_solver(problem.at(theta), x0)
+        linear = default_linear_solver(equation.at(theta), x0)
     budget = setting.adjoint_budget
     if budget is None:
         budget = linear.default_budget(x0)

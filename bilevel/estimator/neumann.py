@@ -51,7 +51,8 @@ class Neumann(Estimator):
 
 
 def _step_size(setting: Setting) -> Array | float:
-    bound: BoundProblem = setting.problem.at(setting.theta)
+    equation = setting.problem.equation(setting.x0)
+    bound: BoundProblem = equation.at(setting.theta)
     if bound.mapping is not None:
         return 1.0
     own: PyTree = getattr(setting.solver, "step_size", None)

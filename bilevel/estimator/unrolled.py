@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from bilevel import vector
@@ -14,10 +15,11 @@ from bilevel.estimator.base import Estimator, Record, Setting, no_adjoint
 from bilevel.solution import Solution
 from bilevel.solver.checkpointing import (
     Layout,
+    Linearization,
     allocate,
     backward,
     backward_stored,
-    layout,
+    checkpoint,
     linearize,
     write,
 )
@@ -33,7 +35,7 @@ class Unrolled(Estimator):
     """The derivative of the iteration: exactly that of the K steps that were done.
 
     Reverse mode goes through a loop with a traced number of steps by two-level
-    checkpointing: about 2√max_iterations states are kept, and the steps between them are
+    checkpointing: √(2 max_iterations) states are kept, and the steps between them are
     computed once more on the way back.
 
     **Arguments:**
@@ -43,7 +45,6 @@ class Unrolled(Estimator):
     - `max_iterations`: the most steps there is room for, static. An iteration that hits it
         before its budget says `UNROLL_LIMIT`.
     - `store`: "checkpoints", or "all" to keep every step and compute nothing twice.
-    - `checkpoints`: how many states the forward pass stores; √max_iterations by default.
     - `mode`: "reverse", or "forward", which needs no memory at all and pays where θ has
         few entries; forward mode cannot be used under `jax.grad`.
 
@@ -69,15 +70,16 @@ class Unrolled(Estimator):
     last: int | None = eqx.field(static=True, default=None)
     max_iterations: int = eqx.field(static=True, default=1024)
     store: str = eqx.field(static=True, default="checkpoints")
-    checkpoints: int | None = eqx.field(static=True, default=None)
     mode: str = eqx.field(static=True, default="reverse")
 
     def __check_init__(self) -> None:
         """Validate the options."""
         whole("Unrolled", "max_iterations", self.max_iterations)
-        for name in ("last", "checkpoints"):
-            if getattr(self, name) is not None:
-                whole("Unrolled", name, getattr(self, name))
+        if self.last is not None:
+            whole("Unrolled", "last", self.last)
+            if self.store != "checkpoints":
+                msg = "Unrolled: last= keeps checkpoints only; leave out store='all'."
+                raise ValueError(msg)
         _one_of("store", self.store, ("checkpoints", "all"))
         _one_of("mode", self.mode, ("reverse", "forward"))
         if self.mode == "forward" and (self.last is not None or self.store != "checkpoints"):
@@ -86,6 +88,11 @@ class Unrolled(Estimator):
                 "it. Leave them out or use mode='reverse'."
             )
             raise ValueError(msg)
+
+    @property
+    def keeps_checkpoints(self) -> bool:
+        """Whether steps are computed once more on the way back."""
+        return self.store == "checkpoints"
 
     @property
     def forward_only(self) -> bool:
@@ -126,7 +133,7 @@ def _reverse(options: Unrolled, history: int) -> Any:
     Its arguments are (iteration, state, residual, budget, record) and its results the final
     state, which carries the derivative, and the solution.
     """
-    plan = layout(options.max_iterations, options.checkpoints)
+    plan = Layout(options.max_iterations)
 
     def differentiable(iteration: Iteration, *rest: Any) -> Any:
         arrays, static = eqx.partition(iteration, eqx.is_array)
@@ -150,7 +157,8 @@ def _reverse(options: Unrolled, history: int) -> Any:
                 is_leaf=_is_marked,
             )
             iteration = eqx.combine(values, static)
-            recorder = _recorder(options, plan, iteration, _Static(perturbed), state, residual)
+            linearization = linearize(iteration, perturbed, state)
+            recorder = _recorder(options, plan, linearization, state)
             final, solution, store = drive(
                 iteration,
                 state,
@@ -160,21 +168,22 @@ def _reverse(options: Unrolled, history: int) -> Any:
                 limit=plan.cap,
                 recorder=recorder,
             )
-            shapes = jax.eval_shape(lambda state: state, state)
-            kept = (values, store, solution, record, _Static((perturbed, shapes)))
+            kept = (values, state, store, solution, record, _Static(perturbed))
             return (final, solution), kept
 
         def pull(kept: Any, cotangents: Any) -> Any:
-            values, store, solution, record, flags = kept
-            perturbed, shapes = flags.value
+            values, first, store, solution, record, flags = kept
+            # JAX hands constants back as Python numbers.
+            first = jax.tree.map(jnp.asarray, first)
             cotangent = jax.tree.map(_dense, cotangents[0], is_leaf=_is_symbolic_zero)
             iteration = eqx.combine(values, static)
             count = solution.iterations
             stop = jnp.int32(0)
             if options.last is not None:
                 stop = jnp.maximum(count - options.last, 0)
+            linearization = linearize(iteration, flags.value, first)
             of_state, of_residual, of_arrays = _pull_back(
-                options, plan, iteration, perturbed, shapes, store, count, stop, cotangent
+                options, plan, linearization, first, store, count, stop, cotangent
             )
             start = iteration.solver.value(of_state)
             whole_way = stop == 0
@@ -229,51 +238,45 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 def _recorder(
     options: Unrolled,
     plan: Layout,
-    iteration: Iteration,
-    flags: _Static,
+    linearization: Linearization,
     state: PyTree,
-    residual: PyTree,
 ) -> Recorder:
-    if options.store == "checkpoints" or options.last is not None:
-        return Recorder(allocate(plan, state), plan.stride, write)
-    linearization = linearize(iteration, flags.value, state)
-    if not _keeps_linearizations(plan, linearization, state):
-        every = Layout(plan.cap, 1)
-        return Recorder(allocate(every, state), 1, write)
+    if options.keeps_checkpoints:
+        return Recorder(allocate(plan.room, state), plan.starts, checkpoint)
+    states = _stores_states(plan, linearization, state)
 
     def advance(store: Any, count: Array, state: Any, residual: Any) -> Any:
+        if states:
+            return write(store, count, state), *linearization.step(state, residual)
         (state, residual), varying = linearization.forward(state, residual)
         return write(store, count, varying), state, residual
 
-    del residual
-    store = [jnp.zeros((plan.cap, *leaf.shape), leaf.dtype) for leaf in linearization.varying]
-    return Recorder(store, plan.cap, lambda store, _index, _state: store, advance)
+    store = allocate(plan.cap, state if states else linearization.varying)
+    whole = np.asarray([0, plan.cap], np.int32)
+    return Recorder(store, whole, lambda store, _index, _state: store, advance)
 
 
 def _pull_back(
     options: Unrolled,
     plan: Layout,
-    iteration: Iteration,
-    perturbed: PyTree,
-    shapes: PyTree,
+    linearization: Linearization,
+    start: PyTree,
     store: PyTree,
     count: Array,
     stop: Array,
     cotangent: PyTree,
 ) -> Any:
-    truncated = options.last is not None
-    if options.store == "checkpoints" or truncated:
+    if options.keeps_checkpoints:
+        truncated = options.last is not None
         return backward(
-            plan, iteration, perturbed, store, count, stop, cotangent, truncated=truncated
+            plan, linearization, start, store, count, stop, cotangent, truncated=truncated
         )
-    linearization = linearize(iteration, perturbed, shapes)
-    if _keeps_linearizations(plan, linearization, shapes):
-        return backward_stored(linearization, store, count, cotangent)
-    every = Layout(plan.cap, 1)
-    return backward(every, iteration, perturbed, store, count, stop, cotangent, truncated=True)
+    states = _stores_states(plan, linearization, start)
+    return backward_stored(linearization, store, count, cotangent, states=states)
 
 
-def _keeps_linearizations(plan: Layout, linearization: Any, state: PyTree) -> bool:
+def _stores_states(plan: Layout, linearization: Linearization, state: PyTree) -> bool:
+    """Whether states, rather than linearisations, are kept of every step."""
     of_state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     step = linearization.step_bytes
-    return step <= 2 * of_state or step * plan.cap <= STORED_BYTES
+    return step > 2 * of_state and step * plan.cap > STORED_BYTES

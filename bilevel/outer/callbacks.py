@@ -24,6 +24,10 @@ class Event:
     - `fidelity`: of the next epoch.
     - `history`: so far; its last record is `record`.
     - `stop_reason`: set by `stop`; training ends after this epoch.
+
+    >>> def far_enough(event):
+    ...     if event.record.loss < 1e-3:
+    ...         event.stop("the loss is small")
     """
 
     task: Task
@@ -54,6 +58,15 @@ class Callback:
 
     A callback that keeps state across epochs should reset it in `start`, for one object
     may serve several runs.
+
+    >>> import bilevel as bl, optax
+    >>> class Watch(Callback):
+    ...     def epoch(self, event):
+    ...         print(event.epoch, event.record.loss)
+    >>> task = bl.Task(1.0, lambda theta, batch, fidelity: theta**2, full=bl.Budget(1))
+    >>> run = bl.optimize(task, optax.sgd(0.25), epochs=2, callbacks=[Watch()], progress=False)
+    1 1.0
+    2 0.25
     """
 
     def start(self, event: Event) -> None:
@@ -108,6 +121,9 @@ class Patience(Callback):
 
     A plateau is what progressive refinement answers by refining, so give it more epochs
     than a few refinements take.
+
+    >>> Patience(20).epochs
+    20
     """
 
     def __init__(self, epochs: int, improvement: float = 0.0):
@@ -145,6 +161,9 @@ class TimeLimit(Callback):
     **Arguments:**
 
     - `seconds`: since the start of the run, compilation included.
+
+    >>> TimeLimit(60.0).seconds
+    60.0
     """
 
     def __init__(self, seconds: float):

@@ -14,7 +14,7 @@ from bilevel.outer.comparison import COMPARISON_FILE, Candidate, Comparison
 from bilevel.outer.optimize import NonFiniteError, optimize
 from bilevel.outer.policy import Policy, parse_policies
 from bilevel.outer.progress import Reporter
-from bilevel.outer.run import INTERRUPTED, Run
+from bilevel.outer.run import INTERRUPTED, Run, holds_run
 from bilevel.outer.search import best_level
 from bilevel.outer.settings import ComparisonSettings, validated
 from bilevel.outer.task import Task
@@ -92,7 +92,15 @@ def compare(
     )
     parsed = parse_policies(",".join(settings.policies))
     check_policies(parsed, first, settings.target)
-    _check_settings(settings, overwrite=overwrite)
+    _check_settings(settings)
+    if settings.directory is not None and not overwrite:
+        occupied = occupied_folder(settings.directory, parsed, settings.seeds)
+        if occupied is not None:
+            msg = (
+                f"compare: {occupied} holds results already. Name another directory, or pass "
+                "overwrite=True to replace them."
+            )
+            raise FileExistsError(msg)
     common = {
         "optimizer": optimizer,
         "epochs": epochs,
@@ -159,7 +167,7 @@ class _Comparing:
             task = _built(self._build, seed)
             directory = self._settings.directory
             if directory is not None:
-                directory = directory / policy.slug / f"seed-{seed}"
+                directory = _folder(directory, policy, seed)
             run = self._train(task, controller(task), policy.text, seed, directory)
             self.comparison.runs[policy.text].append(run)
             if run.status == INTERRUPTED:
@@ -244,7 +252,21 @@ def check_policies(policies: Sequence[Policy], task: Task, target: float | None)
             raise ValueError(msg)
 
 
-def _check_settings(settings: ComparisonSettings, *, overwrite: bool) -> None:
+def occupied_folder(
+    directory: Path, policies: Sequence[Policy], seeds: Sequence[int]
+) -> Path | None:
+    """The first folder that a comparison would write to and that holds results already."""
+    if (directory / COMPARISON_FILE).exists():
+        return directory
+    folders = [_folder(directory, policy, seed) for policy in policies for seed in seeds]
+    return next((folder for folder in folders if holds_run(folder)), None)
+
+
+def _folder(directory: Path, policy: Policy, seed: int) -> Path:
+    return directory / policy.slug / f"seed-{seed}"
+
+
+def _check_settings(settings: ComparisonSettings) -> None:
     for name in ("seeds", "policies"):
         values = getattr(settings, name)
         if len(set(values)) < len(values):
@@ -252,10 +274,3 @@ def _check_settings(settings: ComparisonSettings, *, overwrite: bool) -> None:
                 f"compare: {name} should differ from each other, got {', '.join(map(str, values))}."
             )
             raise ValueError(msg)
-    directory = settings.directory
-    if directory is not None and not overwrite and (directory / COMPARISON_FILE).exists():
-        msg = (
-            f"compare: {directory} holds a comparison already. Name another directory, or pass "
-            "overwrite=True to replace it."
-        )
-        raise FileExistsError(msg)

@@ -20,6 +20,7 @@ from bilevel.outer.run import COMPLETED, STOPPED, Run
 
 COMPARISON_FILE = "comparison.json"
 FULL = "full"
+SEARCH = "best-fixed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +157,12 @@ class Comparison:
     - `margin`: part of full's final metric by which another may miss it.
     - `search`: levels that `best-fixed` tried.
     - `interrupted`: whether Ctrl-C ended it early.
+
+    >>> import bilevel as bl, optax
+    >>> task = bl.Task(1.0, lambda theta, batch, fidelity: theta**2, full=bl.Budget(1))
+    >>> comparison = bl.compare(task, ["full"], optimizer=optax.sgd(0.25), epochs=2, progress=False)
+    >>> comparison.rows[0].final_metric.mean
+    0.25
     """
 
     task: str
@@ -346,7 +353,12 @@ class Comparison:
             tried = ", ".join(
                 f"{candidate.iterations}" for candidate in sorted(self.search, key=_by_level)
             )
-            notes.append(f"best-fixed tried budgets of {tried} iterations.")
+            found = "".join(
+                f" {policy} stands for {runs[0].history[-1].budget_iterations} iterations."
+                for policy, runs in self.runs.items()
+                if policy.startswith(SEARCH) and runs and runs[0].history
+            )
+            notes.append(f"{SEARCH} tried budgets of {tried} iterations.{found}")
         if any(row.primal_iterations is None for row in self.rows):
             notes.append(
                 "Where Σ is missing no solve reported: pass fidelity=fidelity to bl.solve."

@@ -28,6 +28,14 @@ class NonFiniteError(RuntimeError):
     """Too many updates in a row had a loss or gradient that was not finite.
 
     - `run`: what was done until then; saved already if there is a directory.
+
+    >>> import bilevel as bl, jax.numpy as jnp, optax
+    >>> task = bl.Task(1.0, lambda theta, batch, fidelity: theta * jnp.nan, full=bl.Budget(1))
+    >>> try:
+    ...     bl.optimize(task, optax.sgd(0.1), epochs=9, max_nonfinite=3, progress=False)
+    ... except NonFiniteError as error:
+    ...     print(error.run.summary.nonfinite, float(error.run.theta))
+    3 1.0
     """
 
     def __init__(self, message: str, run: Run):

@@ -45,6 +45,14 @@ def plot_runs(
 
     **Raises:** `ImportError` if matplotlib is not installed; `ValueError` if there is
     nothing to draw.
+
+    >>> import tempfile, bilevel as bl, optax
+    >>> task = bl.Task(1.0, lambda theta, batch, fidelity: theta**2, full=bl.Budget(1))
+    >>> run = bl.optimize(task, optax.sgd(0.25), epochs=2, progress=False)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     picture = plot_runs({"full": [run]}, f"{folder}/run.png")
+    ...     picture.name
+    'run.png'
     """
     drawn = {name: list(group) for name, group in runs.items() if any(run.history for run in group)}
     if not drawn:

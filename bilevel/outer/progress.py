@@ -1,10 +1,10 @@
 """Progress: what a person sees while a run goes on."""
 
 import time
-from collections.abc import Sized
+from collections.abc import Iterable, Sized
 from typing import Protocol
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -14,6 +14,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from bilevel.outer import text
 from bilevel.outer.history import Record
@@ -120,7 +121,7 @@ class Live:
 
     def __init__(self, console: Console | None = None):
         self._console = console or Console(stderr=True)
-        self._progress: Progress | None = None
+        self._progress: _Display | None = None
         self._bar = TaskID(0)
         self._title = self._metric = self._numbers = ""
         self._epochs = 0
@@ -129,31 +130,30 @@ class Live:
         """Show the bar."""
         self._title, self._metric, self._epochs = title, metric_name, epochs
         self._numbers = "compiling"
-        self._progress = Progress(
-            TextColumn("{task.description}"),
+        self._progress = _Display(
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
             console=self._console,
         )
-        self._bar = self._progress.add_task(
-            title, total=epochs, completed=done, numbers=self._numbers
-        )
+        self._progress.below = self._numbers
+        self._bar = self._progress.add_task(title, total=epochs, completed=done)
         self._progress.start()
 
     def batch(self, number: int, batches: int | None) -> None:
         """Show where in the epoch it is."""
         if self._progress is not None and number > 1:
             of = f" of {batches}" if batches else ""
-            self._progress.update(self._bar, numbers=f"{self._numbers}  update {number}{of}")
+            self._progress.below = f"{self._numbers}  update {number}{of}"
 
     def epoch(self, record: Record, work: int | None) -> None:
         """Move the bar."""
         if self._progress is not None:
             self._numbers = _numbers(record, self._metric, work)
-            self._progress.update(self._bar, completed=record.epoch, numbers=self._numbers)
+            self._progress.below = self._numbers
+            self._progress.update(self._bar, completed=record.epoch)
 
     def note(self, message: str) -> None:
         """Print it above the bar."""
@@ -165,6 +165,16 @@ class Live:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+class _Display(Progress):
+    """A bar with a line of text below it, cut where the terminal ends."""
+
+    below = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield Text(f"  {self.below}", no_wrap=True, overflow="ellipsis")
 
 
 def reporter(progress: "bool | Reporter", console: Console | None = None) -> Reporter:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -37,7 +38,8 @@ class Summary:
         `nonfinite` (too many non-finite gradients in a row) or `failed` (an exception).
     - `message`: why it ended, in words; empty for `completed`.
     - `epochs`, `updates`, `nonfinite`, `failures`: epochs finished, updates made, updates
-        skipped, solves that failed.
+        skipped, solves that failed; these and the sums below include the updates of an
+        epoch that was broken off.
     - `metric_name`, `first_metric`, `final_metric`, `best_metric`, `level`: where it went.
     - `solves`, `primal_iterations`, `adjoint_iterations`, `primal_applications`,
         `adjoint_applications`, `error_applications`: sums over the run; `None` if no solve
@@ -114,6 +116,12 @@ class Run:
     - `history`: one record an epoch.
     - `summary`: the run in numbers.
     - `directory`: where it is kept; `None` if nowhere.
+
+    >>> import bilevel as bl, optax
+    >>> task = bl.Task(1.0, lambda theta, batch, fidelity: theta**2, full=bl.Budget(1))
+    >>> run = bl.optimize(task, optax.sgd(0.25), epochs=2, progress=False)
+    >>> float(run.theta), run.status, run.summary.updates
+    (0.25, 'completed', 2)
     """
 
     theta: PyTree
@@ -207,8 +215,25 @@ def holds_run(directory: Path) -> bool:
     return any((directory / name).exists() for name in names)
 
 
+_SUMS = (
+    "failures",
+    "solves",
+    "primal_iterations",
+    "adjoint_iterations",
+    "primal_applications",
+    "adjoint_applications",
+    "error_applications",
+)
+
+
+def _sum(*parts: float | None) -> int | None:
+    known = [part for part in parts if part is not None]
+    return round(sum(known)) if known else None
+
+
 def summarize(
     history: History,
+    unfinished: Mapping[str, float | None],
     *,
     task: str,
     policy: str,
@@ -223,20 +248,16 @@ def summarize(
     other_compilations: int,
     device: str,
 ) -> Summary:
-    """The numbers of a run out of its history and what no record says."""
+    """The numbers of a run out of its history and what no record says.
+
+    **Arguments:**
+
+    - `history`: of the finished epochs.
+    - `unfinished`: numbers of an epoch that was broken off, by the names of a record.
+    - the others: fields of the summary.
+    """
     metrics = [record.metric for record in history if record.metric is not None]
-    sums = {
-        name: None if (total := history.total(name)) is None else round(total)
-        for name in (
-            "failures",
-            "solves",
-            "primal_iterations",
-            "adjoint_iterations",
-            "primal_applications",
-            "adjoint_applications",
-            "error_applications",
-        )
-    }
+    sums: dict[str, Any] = {name: _sum(history.total(name), unfinished.get(name)) for name in _SUMS}
     return Summary(
         task=task,
         policy=policy,
@@ -245,8 +266,8 @@ def summarize(
         status=status,
         message=message,
         epochs=history[-1].epoch if history else 0,
-        updates=round(history.total("updates") or 0),
-        nonfinite=round(history.total("nonfinite") or 0),
+        updates=_sum(history.total("updates"), unfinished.get("updates")) or 0,
+        nonfinite=_sum(history.total("nonfinite"), unfinished.get("nonfinite")) or 0,
         metric_name=metric_name,
         first_metric=metrics[0] if metrics else None,
         final_metric=metrics[-1] if metrics else None,

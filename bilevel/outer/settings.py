@@ -1,6 +1,7 @@
 """Settings of the outer loop, checked where they are passed."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -84,7 +85,7 @@ def validated(model: type[S], owner: str, **values: Any) -> S:
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
     name = ".".join(str(part) for part in first["loc"][:1])
-    message = first["msg"].removeprefix("Input ")
+    message = re.sub(r"^(Input|String|Tuple) ", "", first["msg"])
     msg = f"{owner}: {name} {message}, got {first['input']!r}."
     raise ValueError(msg)
 

@@ -96,4 +96,4 @@ class Tally:
 
 
 def _is_ready(report: jax.Array) -> bool:
-    return report.is_ready()  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
+    return report.is_ready()  # pyright: ignore[reportAttributeAccessIssue]

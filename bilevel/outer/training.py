@@ -117,8 +117,10 @@ class Training:
 
     def end(self, status: str, message: str) -> Run:
         """Close, and keep what was done so far."""
+        self._tally.finish()
         summary = summarize(
             self._history,
+            self._tally.numbers() if self._batch else {},
             task=self._task.name,
             policy=self._label,
             controller=self._controller_name,

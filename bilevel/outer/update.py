@@ -64,7 +64,7 @@ def make_update(task: Task, optimizer: optax.GradientTransformation) -> Update:
             grad=gradient,
             value_fn=lambda other: evaluate(other, batch, fidelity)[0],
         )
-        moved: PyTree = optax.apply_updates(trained, steps)  # pyright: ignore[reportArgumentType]
+        moved: PyTree = optax.apply_updates(trained, steps)
         if task.projection is not None:
             projected = task.projection(eqx.combine(moved, static))
             moved = _like(trained, projected, "projection")
@@ -148,9 +148,6 @@ def _counts(result: Any) -> list[Any]:
     known: dict[str, Any] = {
         "solves": float(jnp.size(result.primal.iterations)),
         "failures": sum(jnp.sum(status >= Status.DIVERGED) for status in statuses),
-        # Solutions have residuals in their own units only, and no scale.
-        "primal_residual": jnp.nan,
-        "adjoint_residual": jnp.nan,
     }
     cost = getattr(result, "cost", None)
     for side, part, applications in (
@@ -165,10 +162,21 @@ def _counts(result: Any) -> list[Any]:
         known[f"{side}_applications"] = jnp.sum(
             jnp.asarray(applied if cost is None else getattr(cost, applications))
         )
+        known[f"{side}_residual"] = _relative_residual(part)
         known[f"{side}_capped"] = (
             0 if part is None else jnp.sum(jnp.asarray(part.status) == Status.BUDGET)
         )
     return [known[name] for name in _COUNTS]
+
+
+def _relative_residual(solution: Any) -> Any:
+    """Residual norms relative to each solve's own scale, summed; NaN where there is none."""
+    scale = getattr(solution, "scale", None)
+    if scale is None:
+        return jnp.nan
+    scale = jnp.asarray(scale)
+    # A zero right-hand side is met exactly or not at all.
+    return jnp.sum(jnp.where(scale > 0, solution.residual_norm / jnp.where(scale > 0, scale, 1), 0))
 
 
 def _error_applications(result: Any) -> Any:

@@ -308,18 +308,17 @@ class Ladder(eqx.Module):
         (40, 3)
         """
         # A static part is chosen by the host, which therefore has to know the level.
-        concrete = not self.has_one_shape
-        place = placed("level", level, len(self), concrete=concrete)
+        concrete, count = not self.has_one_shape, len(self)
+        place = placed("level", level, count, concrete=concrete)
         other = place
         if adjoint_level is not None:
-            other = placed("adjoint_level", adjoint_level, len(self), concrete=concrete)
+            other = placed("adjoint_level", adjoint_level, count, concrete=concrete)
         static = self.static.at(place)
         if isinstance(place, int) and isinstance(other, int):
             adjoint = None if self.adjoint is None else self.adjoint.at(other)
-            position = jnp.asarray(place, jnp.int32)
-            return Fidelity(self.primal.at(place), adjoint, position, static=static)
+            return Fidelity(self.primal.at(place), adjoint, jnp.int32(place), static=static)
         budget, adjoint, position = looked_up(
-            self.primal, self.adjoint, len(self), jnp.asarray(place), jnp.asarray(other)
+            self.primal, self.adjoint, count, jnp.asarray(place), jnp.asarray(other)
         )
         return Fidelity(budget, adjoint, position, static=static)
 

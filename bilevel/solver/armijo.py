@@ -132,12 +132,11 @@ class ArmijoGradientDescent(FirstOrderSolver):
             def flat() -> Bool[Array, ""]:
                 return vector.dot(problem.residual(point), r) >= (2 * decrease - 1) * squared
 
-            sufficient = here <= value - (decrease * length * squared).astype(value.dtype)
-            equal = here <= value + slack(value)
+            required = (decrease * length * squared).astype(value.dtype)
+            clear = required > slack(value)
+            allowed = here <= value + jnp.where(clear, -required, slack(value))
             # The gradient is evaluated only where the objective cannot decide.
-            accepted = sufficient | jax.lax.cond(
-                equal & ~sufficient, flat, lambda: jnp.array(False)
-            )
+            accepted = jax.lax.cond(allowed & ~clear, flat, lambda: allowed)
             return _Trial(length, here, number, accepted)
 
         first = state.length * growth

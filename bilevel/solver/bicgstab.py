@@ -14,13 +14,14 @@ from bilevel.solver.base import InnerSolver
 from bilevel.solver.preconditioning import Preconditioner, precondition, prepare_preconditioner
 
 NEGLIGIBLE = 16.0
-"""A cosine of so many units of rounding is no information."""
+"""A cosine, or an image relative to the largest, of so many units of rounding is zero."""
 
 
 class BiCGStabState(eqx.Module):
     """Iterate, recursive residual, direction, shadow residual, and their inner product.
 
-    `fresh` says that shadow and direction are the residual itself, as at the start.
+    `fresh` says that shadow and direction are the residual itself, as at the start; `scale`
+    is the largest ‖A v‖/‖v‖ met, which estimates the norm of the operator from below.
     """
 
     x: PyTree
@@ -29,6 +30,7 @@ class BiCGStabState(eqx.Module):
     shadow: PyTree
     rho: Inexact[Array, ""]
     fresh: Bool[Array, ""]
+    scale: Float[Array, ""]
     status: Int[Array, ""]
 
 
@@ -38,8 +40,8 @@ class BiCGStab(InnerSolver):
     Van der Vorst 1992.  Two applications of the operator an iteration, and no stored basis:
     cheaper than GMRES in memory, less even on the way.  Where the residual turned orthogonal
     to the shadow residual the recurrence is started anew from where it is; where that is no
-    help, or the operator is skew along the residual, it stops with `BREAKDOWN`.  The
-    recursive residual is confirmed on the true one.
+    help, or the operator is skew along the residual or singular, it stops with `BREAKDOWN`.
+    The recursive residual is confirmed on the true one.
 
     **Arguments:**
 
@@ -74,6 +76,7 @@ class BiCGStab(InnerSolver):
             shadow=residual,
             rho=problem.inner_product(residual, residual),
             fresh=jnp.asarray(True),
+            scale=jnp.zeros((), vector.real_dtype(residual)),
             status=jnp.int32(Status.CONVERGED),
         )
 
@@ -84,7 +87,9 @@ class BiCGStab(InnerSolver):
         preconditioned = precondition(problem, state.direction)
         image = matvec(preconditioned)
         sigma = inner(state.shadow, image)
-        stuck = _orthogonal(sigma, state.shadow, image)
+        stretch = _ratio(image, preconditioned)
+        singular = stretch <= NEGLIGIBLE * vector.epsilon(residual) * state.scale
+        stuck = singular | _orthogonal(sigma, state.shadow, image)
         alpha = jnp.where(stuck, 0.0, state.rho / jnp.where(stuck, 1.0, sigma))
         x = vector.add_scaled(state.x, alpha, preconditioned)
         half = vector.add_scaled(residual, -alpha, image)
@@ -105,7 +110,7 @@ class BiCGStab(InnerSolver):
         direction = vector.add_scaled(state.direction, -omega, image)
         direction = vector.add_scaled(half, beta, direction)
         rho = jnp.where(restarts, inner(half, half), rho)
-        broken = (stuck & state.fresh) | (skew & _significant(half, residual))
+        broken = singular | (stuck & state.fresh) | (skew & _significant(half, residual))
         return BiCGStabState(
             x=x,
             residual=half,
@@ -113,6 +118,7 @@ class BiCGStab(InnerSolver):
             shadow=vector.where(restarts, half, state.shadow),
             rho=rho,
             fresh=restarts,
+            scale=jnp.maximum(state.scale, stretch),
             status=jnp.where(broken, jnp.int32(Status.BREAKDOWN), jnp.int32(Status.CONVERGED)),
         )
 
@@ -136,6 +142,13 @@ def _orthogonal(product: Array, x: PyTree, y: PyTree) -> Bool[Array, ""]:
     product, x, y = jax.lax.stop_gradient((product, x, y))
     level = NEGLIGIBLE * vector.epsilon(x)
     return jnp.abs(product) <= level * vector.norm(x) * vector.norm(y)
+
+
+def _ratio(image: PyTree, v: PyTree) -> Float[Array, ""]:
+    """‖A v‖ / ‖v‖, 0 where v is."""
+    image, v = jax.lax.stop_gradient((image, v))
+    norm = vector.norm(v)
+    return vector.norm(image) / jnp.where(norm > 0, norm, 1.0)
 
 
 def _significant(x: PyTree, reference: PyTree) -> Bool[Array, ""]:

@@ -16,6 +16,10 @@ from bilevel.solver.parameter import number, positive, whole
 from bilevel.solver.preconditioning import precondition, prepare_preconditioner
 
 
+CAUTION = 4.0
+"""How far below the smallest Ritz value the lower end may be put."""
+
+
 class ChebyshevState(eqx.Module):
     """Iterate, last displacement, weight of the recursion, and the interval.
 
@@ -141,6 +145,9 @@ class Chebyshev(InnerSolver):
                 self.lanczos_steps,
                 lambda v: precondition(problem, v),
             )
-            lower = found.smallest if lower is None else lower
+            if lower is None:
+                # A Ritz value that has not settled is too large. Too small an end costs less.
+                settled = found.smallest - found.uncertainty
+                lower = jnp.maximum(settled, found.smallest / CAUTION)
             upper = found.upper if upper is None else upper
         return jnp.asarray(lower, dtype), jnp.asarray(upper, dtype)

@@ -1,7 +1,6 @@
 """Conjugate gradients."""
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -11,17 +10,27 @@ from bilevel import vector
 from bilevel.bound import BoundProblem
 from bilevel.solution import Status
 from bilevel.solver.base import InnerSolver
-from bilevel.solver.preconditioning import precondition, prepare_preconditioner
+from bilevel.solver.preconditioning import Preconditioner, precondition, prepare_preconditioner
+
+
+NEGLIGIBLE = 16.0
+"""A curvature of so many units of rounding, relative to the largest, counts as zero."""
 
 
 class ConjugateGradientState(eqx.Module):
-    """Iterate, recursive residual, direction, and ⟨r, M⁻¹r⟩."""
+    """Iterate, recursive residual, direction, and the numbers that go on with them.
+
+    `energy` is ⟨r, M⁻¹r⟩, `square` is ⟨p, M p⟩ of the direction, and `largest` the largest
+    Rayleigh quotient of M⁻¹A so far.
+    """
 
     x: PyTree
     residual: PyTree
     direction: PyTree
     energy: Float[Array, ""]
-    broken: Int[Array, ""]
+    square: Float[Array, ""]
+    largest: Float[Array, ""]
+    status: Int[Array, ""]
 
 
 class ConjugateGradient(InnerSolver):
@@ -29,7 +38,8 @@ class ConjugateGradient(InnerSolver):
 
     Hestenes and Stiefel 1952, with the recursive residual; what it claims is confirmed
     on the true residual by the loop, which restarts it where rounding made the two drift
-    apart.  A direction of non-positive curvature stops it with `BREAKDOWN`.
+    apart.  A direction whose curvature is not positive, or vanishes next to those before
+    it, stops it with `BREAKDOWN`: the operator is indefinite or singular.
 
     **Arguments:**
 
@@ -48,7 +58,7 @@ class ConjugateGradient(InnerSolver):
     recursive: ClassVar[bool] = True
     linear_adjoint: ClassVar[bool] = True
 
-    preconditioner: Callable[[Any], Any] | None = None
+    preconditioner: Preconditioner | None = None
 
     def prepare(self, problem: BoundProblem, x: PyTree) -> BoundProblem:
         """Set the preconditioner up."""
@@ -58,8 +68,15 @@ class ConjugateGradient(InnerSolver):
         """Start along the preconditioned residual."""
         residual = problem.residual(x)
         direction = precondition(problem, residual)
+        energy = vector.dot(residual, direction)
         return ConjugateGradientState(
-            x, residual, direction, vector.dot(residual, direction), jnp.int32(Status.CONVERGED)
+            x=x,
+            residual=residual,
+            direction=direction,
+            energy=energy,
+            square=energy,
+            largest=jnp.zeros_like(energy),
+            status=jnp.int32(Status.CONVERGED),
         )
 
     def step(
@@ -69,17 +86,26 @@ class ConjugateGradient(InnerSolver):
         assert problem.operator is not None
         image = problem.operator.matvec(state.direction)
         curvature = vector.dot(state.direction, image)
+        negligible = NEGLIGIBLE * vector.epsilon(residual) * state.largest * state.square
         # NaN is no breakdown: it flows on into the residual, where the loop sees it.
-        broken = (curvature <= 0) | (state.energy <= 0)
+        broken = (curvature <= negligible) | (state.energy <= 0)
         length = jnp.where(broken, 0.0, state.energy / jnp.where(broken, 1.0, curvature))
         x = vector.add_scaled(state.x, length, state.direction)
         residual = vector.add_scaled(residual, -length, image)
         preconditioned = precondition(problem, residual)
         energy = vector.dot(residual, preconditioned)
         ratio = energy / jnp.where(broken, 1.0, state.energy)
-        direction = vector.add_scaled(preconditioned, ratio, state.direction)
-        status = jnp.where(broken, jnp.int32(Status.BREAKDOWN), jnp.int32(Status.CONVERGED))
-        return ConjugateGradientState(x, residual, direction, energy, status)
+        quotient = curvature / jnp.where(broken, 1.0, state.square)
+        return ConjugateGradientState(
+            x=x,
+            residual=residual,
+            direction=vector.add_scaled(preconditioned, ratio, state.direction),
+            energy=energy,
+            # M⁻¹r is M-orthogonal to the old direction, so this takes no inner product.
+            square=energy + ratio**2 * state.square,
+            largest=jnp.maximum(state.largest, quotient),
+            status=jnp.where(broken, jnp.int32(Status.BREAKDOWN), jnp.int32(Status.CONVERGED)),
+        )
 
     def residual(self, problem: BoundProblem, state: ConjugateGradientState) -> PyTree:
         """The recursive residual."""
@@ -87,5 +113,5 @@ class ConjugateGradient(InnerSolver):
         return state.residual
 
     def failure(self, state: ConjugateGradientState) -> Int[Array, ""]:
-        """`BREAKDOWN` once a direction of non-positive curvature came up."""
-        return state.broken
+        """`BREAKDOWN` once a direction without positive curvature came up."""
+        return state.status

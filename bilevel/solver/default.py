@@ -4,11 +4,15 @@ from jaxtyping import PyTree
 
 from bilevel import vector
 from bilevel.bound import BoundProblem
+from bilevel.solver.anderson import Anderson
 from bilevel.solver.base import InnerSolver
 from bilevel.solver.default_linear import DENSE_SIZE, default_linear_solver
 from bilevel.solver.direct import Direct
 from bilevel.solver.gmres import GMRES
+from bilevel.solver.lbfgs import LBFGS
 from bilevel.solver.newton import Newton
+from bilevel.solver.proximal_gradient import ProximalGradient
+
 
 def default_solver(problem: BoundProblem, x0: PyTree) -> InnerSolver:
     """The solver for a problem of this kind and size."""

@@ -112,9 +112,9 @@ class GMRES(InnerSolver):
         gained_nothing = vector.norm(jax.lax.stop_gradient(after)) >= before * (
             1.0 - 4.0 * vector.epsilon(residual)
         )
-        reason = jnp.where(
-            predicted <= 0.5 * before, jnp.int32(Status.ROUNDING), jnp.int32(Status.BREAKDOWN)
-        )
+        rounding = predicted <= 0.5 * before
+        rounding |= before <= vector.epsilon(residual) ** 0.5 * problem.reference(before)
+        reason = jnp.where(rounding, jnp.int32(Status.ROUNDING), jnp.int32(Status.BREAKDOWN))
         status = jnp.where(gained_nothing, reason, jnp.int32(Status.CONVERGED))
         return GMRESState(
             x=vector.where(gained_nothing, state.x, x),

@@ -45,7 +45,29 @@ class Iteration(eqx.Module):
 
     def confirms(self, state: PyTree) -> bool:
         """Whether the residual the solver goes by may differ from the true one."""
-        return self.solver.recursive or self.solver.point(state) is not self.solver.value(state)
+        return self.solver.recursive or self.extrapolates(state)
+
+    def extrapolates(self, state: PyTree) -> bool:
+        """Whether the residual is evaluated elsewhere than at the iterate."""
+        return self.solver.point(state) is not self.solver.value(state)
+
+    def norm(
+        self, state: PyTree, residual: PyTree, tolerance: Float[Array, ""]
+    ) -> Float[Array, ""]:
+        """The residual norm that decides whether the iteration is done.
+
+        Where an extrapolated point meets the tolerance, the iterate has to meet it, too: a
+        start anew from there would throw the momentum away, and there is none in an
+        iteration that is differentiated.
+        """
+        norm = vector.norm(residual)
+        if self.solver.recursive or not self.extrapolates(state):
+            return norm
+        return jax.lax.cond(
+            norm <= tolerance,
+            lambda: jnp.maximum(norm, vector.norm(self.true_residual(state))),
+            lambda: norm,
+        )
 
 
 def begin(

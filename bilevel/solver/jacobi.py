@@ -2,13 +2,13 @@
 
 from typing import Any, ClassVar
 
-import jax
 from jaxtyping import Array, Float, PyTree
 
 from bilevel import vector
 from bilevel.bound import BoundProblem
 from bilevel.solver.base import InnerSolver
 from bilevel.solver.parameter import positive
+from bilevel.solver.preconditioning import divide
 
 
 class Jacobi(InnerSolver):
@@ -49,7 +49,7 @@ class Jacobi(InnerSolver):
     def step(self, problem: BoundProblem, state: PyTree, residual: PyTree) -> PyTree:
         """One simultaneous correction of all unknowns."""
         assert problem.operator is not None
-        correction = jax.tree.map(lambda r, d: r / d, residual, problem.operator.diagonal)
+        correction = divide(residual, problem.operator.diagonal)
         return vector.add_scaled(state, self.weight, correction)
 
     def value(self, state: PyTree) -> Any:

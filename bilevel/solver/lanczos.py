@@ -15,11 +15,13 @@ class Extremes(NamedTuple):
 
     - `smallest`, `largest`: extreme Ritz values, inside the spectrum to within rounding.
     - `upper`: an upper bound of the spectrum.
+    - `uncertainty`: an eigenvalue lies within so much of `smallest`.
     """
 
     smallest: Float[Array, ""]
     largest: Float[Array, ""]
     upper: Float[Array, ""]
+    uncertainty: Float[Array, ""]
 
 
 def extreme_eigenvalues(
@@ -78,8 +80,8 @@ def extreme_eigenvalues(
     beside = off_diagonal[:-1]
     matrix = jnp.diag(diagonal) + jnp.diag(beside, 1) + jnp.diag(beside, -1)
     values, vectors = jnp.linalg.eigh(jax.lax.stop_gradient(matrix))
-    rest = jax.lax.stop_gradient(off_diagonal[-1]) * jnp.max(jnp.abs(vectors[-1]))
-    return Extremes(values[0], values[-1], values[-1] + rest)
+    rest = jax.lax.stop_gradient(off_diagonal[-1]) * jnp.abs(vectors[-1])
+    return Extremes(values[0], values[-1], values[-1] + jnp.max(rest), rest[0])
 
 
 def _random(like: PyTree) -> PyTree:

@@ -9,9 +9,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from bilevel import vector
 from bilevel.bound import BoundProblem
-from bilevel.budget import Budget
 from bilevel.solution import Status
-from bilevel.solver.base import default_tolerance
 from bilevel.solver.first_order import FirstOrderSolver
 from bilevel.solver.line_search import failure_of, first_length, objective_of, wolfe
 from bilevel.solver.parameter import positive, whole, within
@@ -144,13 +142,6 @@ class LBFGS(FirstOrderSolver):
         """Evaluations of objective and gradient, and one Hessian-vector product."""
         del iterations
         return state.evaluations
-
-    def default_budget(self, x0: PyTree) -> Budget:
-        """To within rounding; a thousand steps, ten an unknown for more than a hundred."""
-        return Budget(
-            iterations=int(min(max(10 * vector.size(x0), 1000), 10_000)),
-            rtol=default_tolerance(x0),
-        )
 
     def _remember(
         self,

@@ -7,6 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from bilevel import vector
@@ -53,14 +54,14 @@ class Recorder:
     """What a forward pass keeps for the backward one.
 
     - `store`: initial buffers.
-    - `stride`: a checkpoint is taken before steps 0, stride, 2·stride, ...
+    - `starts`: steps before which a checkpoint is taken, from 0, and at last the cap.
     - `checkpoint`: (store, index, state) -> store.
     - `advance`: (store, count, state, residual) -> (store, state, residual), a step that
         records something itself; `None` for the plain step.
     """
 
     store: PyTree
-    stride: int
+    starts: np.ndarray
     checkpoint: Callable[[Any, Int[Array, ""], Any], Any]
     advance: Callable[[Any, Int[Array, ""], Any, Any], tuple[Any, Any, Any]] | None = None
 
@@ -132,7 +133,7 @@ def drive(
     if iteration.confirms(state):
         true_norm = vector.norm(iteration.true_residual(state))
         applications = applications + 1
-        if restarts and recorder is None:
+        if restarts and recorder is None and solver.recursive:
             state, progress, true_norm, applications = _confirm(
                 iteration, sweep, (state, progress, true_norm, applications), limits
             )
@@ -176,21 +177,22 @@ def _sweep(iteration: Iteration, limits: Limits, recorder: Recorder | None) -> C
         state, carried, progress, store = carry
         residual = iteration.residual(state) if carried is None else carried
         store, state, residual = step(store, progress.count, state, residual)
-        progress = _advance(progress, vector.norm(residual))
+        norm = iteration.norm(state, residual, limits.tolerance)
+        progress = _advance(progress, norm)
         return state, None if carried is None else residual, progress, store
 
     def sweep(state: Any, carried: Any, progress: Progress, store: Any) -> Any:
         carry = (state, carried, progress, store)
         if recorder is None:
             return jax.lax.while_loop(active, body, carry)
-        stride, checkpoint = recorder.stride, recorder.checkpoint
+        starts, checkpoint = jnp.asarray(recorder.starts), recorder.checkpoint
 
         def segment(carry: Any) -> Any:
             state, carried, progress, store = carry
-            index = progress.count // stride
+            index = jnp.searchsorted(starts, progress.count, side="right") - 1
             store = checkpoint(store, index, state)
             return jax.lax.while_loop(
-                lambda carry: active(carry) & (carry[2].count < (index + 1) * stride),
+                lambda carry: active(carry) & (carry[2].count < starts[index + 1]),
                 body,
                 (state, carried, progress, store),
             )
@@ -287,6 +289,7 @@ def _status(
     failure = iteration.solver.failure(state)
     # The recursion says converged, the truth does not: rounding may explain a little of it.
     level = jnp.sqrt(jnp.finfo(true_norm.dtype).eps) * limits.reference
+    level = jnp.maximum(level, 10.0 * limits.tolerance)
     result = jnp.where(true_norm > level, code(Status.BREAKDOWN), code(Status.ROUNDING))
     at_limit = progress.count >= limits.iterations
     result = jnp.where(at_limit, code(Status.UNROLL_LIMIT), result)
@@ -301,6 +304,10 @@ def _status(
             & (_rate(progress) >= 1.0)
         )
     result = jnp.where(diverged, code(Status.DIVERGED), result)
+    if iteration.solver.recursive:
+        # A recursion that lost touch with the truth is no iteration that ran out of budget.
+        lost = true_norm > 10.0 * progress.norm + level
+        result = jnp.where(lost & ~diverged, code(Status.BREAKDOWN), result)
     result = jnp.where(failure != Status.CONVERGED, failure, result)
     result = jnp.where(true_norm <= limits.tolerance, code(Status.CONVERGED), result)
     finite = jnp.isfinite(true_norm) & jnp.isfinite(progress.norm)

@@ -23,14 +23,16 @@ class MINRESState(eqx.Module):
     vₖ₋₁ and vₖ, `image` is M⁻¹vₖ (`None` without a preconditioner, where it is vₖ itself),
     `older` and `newer` the last two directions, `beta` couples vₖ₋₁ and vₖ, `epsilon` and
     `delta` are what the rotations so far left in the next column, `cosine` and `sine` the
-    last rotation, `phi` the residual norm measured by M⁻¹.  `scale` is the largest column
-    norm of the tridiagonal matrix, which estimates the norm of the operator.
+    last rotation, `phi` the residual norm measured by M⁻¹.  `old_image` is M⁻¹vₖ₋₁, and
+    `scale` the largest column norm of the tridiagonal matrix, which estimates the norm of
+    the operator.
     """
 
     x: PyTree
     residual: PyTree
     previous: PyTree
     current: PyTree
+    old_image: PyTree | None
     image: PyTree | None
     older: PyTree
     newer: PyTree
@@ -52,8 +54,8 @@ class MINRES(InnerSolver):
     the loop goes by is its Euclidean norm all the same, from a recursion of the residual
     vector that is confirmed on the true one.
 
-    A singular operator with a right-hand side out of its range, or a preconditioner that is
-    not positive definite, ends as `BREAKDOWN`.
+    An operator that is not symmetric, a singular one with a right-hand side out of its
+    range, or a preconditioner that is not positive definite ends as `BREAKDOWN`.
 
     **Arguments:**
 
@@ -92,6 +94,7 @@ class MINRES(InnerSolver):
             residual=residual,
             previous=none,
             current=vector.scale(inverse, residual),
+            old_image=None if image is None else none,
             image=None if image is None else vector.scale(inverse, image),
             older=none,
             newer=none,
@@ -109,7 +112,10 @@ class MINRES(InnerSolver):
         """One Lanczos step, one rotation, one update of the iterate."""
         assert problem.operator is not None
         z = state.current if state.image is None else state.image
-        w = vector.add_scaled(problem.operator.matvec(z), -state.beta, state.previous)
+        w = problem.operator.matvec(z)
+        old_z = state.previous if state.old_image is None else state.old_image
+        coupling = vector.dot(old_z, w)
+        w = vector.add_scaled(w, -state.beta, state.previous)
         alpha = vector.dot(z, w)
         w = vector.add_scaled(w, -alpha, state.current)
         image = None if state.image is None else precondition(problem, w)
@@ -139,11 +145,14 @@ class MINRES(InnerSolver):
         # A singular column offers nothing: the iterate and its residual stay.
         next_residual = vector.where(singular, residual, next_residual)
         indefinite = (square < 0) & ~exhausted
+        # Symmetry makes the two couplings of neighbours equal, whatever else rounding does.
+        one_sided = jnp.abs(coupling - state.beta) > vector.epsilon(residual) ** (1 / 3) * scale
         return MINRESState(
             x=vector.add_scaled(state.x, cosine * state.phi, direction),
             residual=next_residual,
             previous=state.current,
             current=following,
+            old_image=state.image,
             image=None if image is None else vector.scale(_inverse(beta), image),
             older=state.newer,
             newer=direction,
@@ -154,7 +163,7 @@ class MINRES(InnerSolver):
             sine=sine,
             phi=phi,
             scale=scale,
-            status=_status(singular | indefinite),
+            status=_status(singular | indefinite | one_sided),
         )
 
     def residual(self, problem: BoundProblem, state: MINRESState) -> PyTree:
@@ -163,7 +172,7 @@ class MINRES(InnerSolver):
         return state.residual
 
     def failure(self, state: MINRESState) -> Int[Array, ""]:
-        """`BREAKDOWN` once the operator proved singular or the preconditioner indefinite."""
+        """`BREAKDOWN` once operator or preconditioner proved to be of the wrong kind."""
         return state.status
 
 

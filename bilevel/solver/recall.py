@@ -8,6 +8,7 @@ import jax
 from jaxtyping import PyTree
 
 from bilevel import vector
+from bilevel.perturbation import along, perturbed
 
 V = TypeVar("V")
 
@@ -34,29 +35,16 @@ def recall(function: Callable[[Any], V], x: PyTree, value: V) -> V:
 
     def rule(primals: Any, tangents: Any) -> Any:
         arrays, x, value = primals
-        leaves, treedef = jax.tree.flatten((arrays, x))
-        directions = jax.tree.leaves(tangents[:2], is_leaf=_is_zero)
-        moving = [i for i, direction in enumerate(directions) if not _is_zero(direction)]
         # Applied anew, so that a second derivative goes through the function as well.
         outcome = known(arrays, x, value)
-        if not moving:
+        if not perturbed(tangents[:2]):
             return outcome, vector.zeros_like(outcome)
 
-        def moved(parts: list[Any]) -> Any:
-            merged = list(leaves)
-            for index, part in zip(moving, parts, strict=True):
-                merged[index] = part
-            arrays, x = jax.tree.unflatten(treedef, merged)
+        def evaluated(inputs: Any) -> Any:
+            arrays, x = inputs
             return eqx.combine(arrays, static)(x)
 
-        _, tangent = jax.jvp(
-            moved, ([leaves[i] for i in moving],), ([directions[i] for i in moving],)
-        )
-        return outcome, tangent
+        return outcome, along(evaluated, (arrays, x), tangents[:2])
 
     known.defjvp(rule, symbolic_zeros=True)
     return known(arrays, x, jax.lax.stop_gradient(value))
-
-
-def _is_zero(leaf: Any) -> bool:
-    return isinstance(leaf, jax.custom_derivatives.SymbolicZero)

@@ -27,7 +27,7 @@ def inner(theta: Any, fidelity: Fidelity) -> Any:
 
     x = lax.fori_loop(0, fidelity.budget.iterations, step, jnp.zeros_like(theta))
     # The loop's trip count is traced, so its derivative is written down.
-    gain = 1 - RATE ** fidelity.budget.iterations.astype(theta.dtype)
+    gain = 1 - RATE ** jnp.asarray(fidelity.budget.iterations, theta.dtype)
     return lax.stop_gradient(x - gain * theta) + gain * theta
 
 
@@ -36,8 +36,10 @@ def counted(loss: Any, fidelity: Fidelity, adjoint: int = 2) -> Any:
     probe = fidelity.probe
     if probe is None:
         return loss
-    primal = fidelity.budget.iterations.astype(float)
-    return loss + primal * probe.primal_iterations + adjoint * probe.adjoint_iterations + probe.solves
+    primal = jnp.asarray(fidelity.budget.iterations, float)
+    return (
+        loss + primal * probe.primal_iterations + adjoint * probe.adjoint_iterations + probe.solves
+    )
 
 
 @pytest.fixture
@@ -70,8 +72,9 @@ def train(make_task: Callable[..., Task]) -> Callable[..., Run]:
 
     def run(**arguments: Any) -> Run:
         own = {name: value for name, value in arguments.items() if name not in options}
-        rest = {name: value for name, value in arguments.items() if name in options}
-        return optimize(make_task(**own), **({"progress": False} | rest))
+        rest: dict[str, Any] = {"progress": False}
+        rest |= {name: value for name, value in arguments.items() if name in options}
+        return optimize(make_task(**own), **rest)
 
     return run
 

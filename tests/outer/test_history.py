@@ -1,0 +1,116 @@
+"""Histories: sums, columns, files, tables."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from bilevel.outer.history import FIELDS, History, HistoryWriter, Record
+
+RECORDS = st.builds(
+    Record,
+    epoch=st.integers(0, 10**9),
+    metric=st.none() | st.floats(),
+    loss=st.none() | st.floats(),
+    budget_rtol=st.none() | st.floats(0, 1),
+    primal_iterations=st.none() | st.integers(0, 10**15),
+    elapsed=st.floats(0, 1e9),
+)
+
+
+def same(a: Record, b: Record) -> bool:
+    return all(
+        x == y
+        or (isinstance(x, float) and isinstance(y, float) and math.isnan(x) and math.isnan(y))
+        for x, y in zip(dataclasses.astuple(a), dataclasses.astuple(b), strict=True)
+    )
+
+
+@given(st.lists(RECORDS, max_size=4))
+def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, records: list[Record]):
+    path = tmp_path_factory.mktemp("history") / "history.jsonl"
+    History(records).write(path)
+    read = History.read(path)
+    assert len(read) == len(records)
+    assert all(same(a, b) for a, b in zip(read, records, strict=True))
+    for line in path.read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_records_are_on_disk_at_once(tmp_path: Path):
+    writer = HistoryWriter(tmp_path / "history.jsonl")
+    writer.write(Record(epoch=0, metric=1.0))
+    assert len(History.read(tmp_path / "history.jsonl")) == 1
+    writer.close()
+
+
+def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path: Path):
+    path = tmp_path / "history.jsonl"
+    History([Record(epoch=0), Record(epoch=1)]).write(path)
+    path.write_text(path.read_text()[:-10])
+    assert [record.epoch for record in History.read(path)] == [0]
+
+
+@pytest.mark.parametrize("line", ["{", '{"epoch": "one"}', "[]", '{"epoch": 1, "level": 1.5}'])
+def test_a_bad_line_is_named_by_its_number(tmp_path: Path, line: str):
+    path = tmp_path / "history.jsonl"
+    path.write_text(f'{{"epoch": 0}}\n{line}\n{{"epoch": 2}}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        History.read(path)
+
+
+def test_fields_of_a_later_version_are_ignored(tmp_path: Path):
+    path = tmp_path / "history.jsonl"
+    path.write_text('{"epoch": 3, "colour": "blue"}\n')
+    assert History.read(path)[0] == Record(epoch=3)
+
+
+def history() -> History:
+    return History(
+        [
+            Record(epoch=0, metric=8.0),
+            Record(epoch=1, metric=4.0, primal_iterations=10, adjoint_iterations=5, updates=2),
+            Record(epoch=2, metric=5.0, primal_iterations=20, adjoint_iterations=5, updates=2),
+            Record(epoch=3, metric=1.0, primal_iterations=30, adjoint_iterations=5, updates=2),
+        ]
+    )
+
+
+def test_sums_and_columns():
+    h = history()
+    assert h.total("primal_iterations") == 60
+    assert h.total("loss") is None
+    assert h.work == 75
+    assert h.cumulative("work").tolist() == [0, 15, 40, 75]
+    np.testing.assert_array_equal(h.column("primal_iterations"), [np.nan, 10, 20, 30])
+    assert set(h.columns()) == set(FIELDS)
+    first = h.first_at(4.5)
+    assert first is not None
+    assert first.epoch == 1
+    assert h.first_at(0.5) is None
+    assert h.until(first).work == 15
+    with pytest.raises(KeyError, match="did you mean metric"):
+        h.column("metrik")
+
+
+def printed(table: Any) -> str:
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def test_a_table_shows_first_and_last_and_no_empty_column():
+    rows = [Record(epoch=k, metric=1.0 / (k + 1), updates=1) for k in range(100)]
+    text = printed(History(rows).table(rows=5, metric_name="error [m]"))
+    shown = [line.split()[0] for line in text.splitlines() if line.strip()[:1].isdigit()]
+    assert shown == ["0", "25", "50", "74", "99"]
+    assert "error [m]" in text
+    assert "gradient" not in text

@@ -1,0 +1,86 @@
+"""Progress: lines where there is no terminal, a bar where there is one, or nothing."""
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from bilevel.outer.progress import Lines, Live, Silence, batches_in, reporter
+from bilevel.outer.run import Run
+
+Train = Callable[..., Run]
+
+
+def console(*, terminal: bool) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=300)
+
+
+def text_of(out: Console) -> str:
+    assert isinstance(out.file, io.StringIO)
+    return out.file.getvalue()
+
+
+def test_lines_tell_the_epochs(train: Train):
+    out = console(terminal=False)
+    train(epochs=3, progress=Lines(out, interval=0.0), label="prdp")
+    lines = text_of(out).splitlines()
+    assert lines[0] == "two, prdp: 3 epochs"
+    assert lines[1].startswith("  epoch 0/3  metric 3")
+    assert "level 11, budget 12  Σ 42 iterations" in lines[4]
+    assert len(lines) == 5
+
+
+def test_lines_come_at_intervals_and_at_the_end(train: Train):
+    out = console(terminal=False)
+    train(epochs=30, progress=Lines(out, interval=1e6))
+    epochs = [line.split()[1] for line in text_of(out).splitlines()[1:]]
+    assert epochs == ["0/30", "30/30"]
+
+
+def test_skipped_updates_are_always_said(train: Train):
+    out = console(terminal=False)
+    train(
+        loss=lambda theta, batch, fidelity: (theta - batch) ** 2,
+        batches=[1.0, np.nan],
+        epochs=2,
+        progress=Lines(out, interval=1e6),
+    )
+    assert text_of(out).count("1 of 2 updates skipped") == 2
+
+
+def test_a_terminal_gets_a_bar(train: Train):
+    out = console(terminal=True)
+    train(epochs=3, progress=Live(out))
+    text = text_of(out)
+    assert "3/3" in text
+    assert "metric" in text
+
+
+def test_a_failed_run_leaves_the_terminal_usable(train: Train):
+    out = console(terminal=True)
+    with pytest.raises(ZeroDivisionError):
+        train(progress=Live(out), callbacks=[lambda event: 1 / 0])
+    # The cursor that the bar had hidden is shown again.
+    assert text_of(out).rstrip().endswith("\x1b[?25h")
+
+
+def test_the_setting_chooses():
+    assert isinstance(reporter(progress=False), Silence)
+    assert isinstance(reporter(True, console(terminal=False)), Lines)
+    assert isinstance(reporter(True, console(terminal=True)), Live)
+    own = Silence()
+    assert reporter(own) is own
+
+
+def test_silence_is_silent(train: Train, capsys: pytest.CaptureFixture[str]):
+    train(epochs=1, progress=False)
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_batches_are_counted_where_they_can_be():
+    assert batches_in(None) == 1
+    assert batches_in([1, 2]) == 2
+    assert batches_in(lambda epoch, key: []) is None
