@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -223,6 +224,11 @@ class Report:
     tables: list[Table] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+
+    def say(self, text: str) -> None:
+        """Tell on standard error what is being measured: some of it takes minutes."""
+        sys.stderr.write(f"{self.name}: {text}\n")
+        sys.stderr.flush()
 
     def table(self, title: str, *columns: str) -> Table:
         """Begin a table."""

@@ -81,6 +81,7 @@ class Race:
 
     def run(self, report: Report, *, rounds: int, first_rounds: int) -> None:
         """Time everything in turn and tabulate it."""
+        report.say(self.name)
         theta = self.problem.theta
         made = {name: make() for name, make in self.makers.items()}
         errors = {name: relative_error(made[name], self.problem) for name in made}
@@ -175,6 +176,7 @@ def accuracy(report: Report, quick: bool) -> None:
     }
     table = report.table("No solver and no tolerance given", "problem", "by", "rel. error", "ms")
     for name, problem in cases.items():
+        report.say(f"{name} with default settings")
         candidates = {"library": by_library(problem, inner_problem(problem))}
         candidates |= {peer: make() for peer, make in peers.defaults(problem).items()}
         timings = harness.round_robin(

@@ -23,6 +23,7 @@ PUBLISHED_NORM = 5322.447
 
 def penalty_search(report: Report) -> None:
     """The published losses, by hand and by the library."""
+    report.say("penalty search")
     search = PenaltySearch.create()
     steps = list(OUTER_STEPS)
     by_hand = search.losses_by_hand(max(OUTER_STEPS))
@@ -69,6 +70,7 @@ def judged_hypergradient(
 
 def error_bounds(report: Report, inner_counts: range, adjoint_counts: range) -> None:
     """True error, estimate and certified bound over many pairs of budgets."""
+    report.say("error bounds")
     quadratic = BoundedQuadratic.create()
     exact = quadratic.exact_gradient()
     norm = float(np.linalg.norm(exact))

@@ -222,12 +222,14 @@ def compare(
     limit: float | None,
 ) -> None:
     """Time full, best fixed and refined training to each error; hold refined against full."""
+    report.say(f"{inverse.name}, looking for the best fixed budgets")
     fixed = best_fixed(inverse, errors, counts)
     policies: list[str | int] = ["full", "refined", *sorted(set(fixed.values()))]
     runs: dict[str | int, list[bl.Run]] = {policy: [] for policy in policies}
     for turn in range(rounds):
         shift = turn % len(policies)
         for policy in policies[shift:] + policies[:shift]:
+            report.say(f"{inverse.name}, {policy}, round {turn + 1} of {rounds}")
             jax.clear_caches()
             runs[policy].append(inverse.train(policy, min(errors)))
     for error in errors:

@@ -141,6 +141,7 @@ def bits_differ(quick: bool, steps: Sequence[int]) -> dict[tuple[str, int], tupl
 
 def bits(report: Report, quick: bool) -> None:
     """Compare gradients to the last bit, with and without contraction."""
+    report.say("bits of the gradients")
     steps = (7, 100) if quick else (7, 100, CAP)
     table = report.table(
         "entries of the gradient that are not the scan's to the last bit",
@@ -161,6 +162,7 @@ def time_case(report: Report, case: Case, rounds: int) -> None:
         f"{case.name}: value and gradient", "candidate", "steps", "ms", "of the scan"
     )
     for steps in (100, CAP):
+        report.say(f"{case.name}, {steps} steps")
         scan = case.by_scan(steps)
         count = jnp.int32(steps)
         candidates: dict[str, Callable[[], Any]] = {"scan": partial(scan, case.theta)}
@@ -191,6 +193,7 @@ def run_at_cap(points: int, candidate: str) -> Callable[[], Any]:
 
 def memory(report: Report, points: int) -> None:
     """Memory in states, as the compiler plans it and as the operating system sees it."""
+    report.say("memory")
     case = diffusion_case(points)
     state = points * case.start.dtype.itemsize
     allowed = 2.0 * math.ceil(math.sqrt(CAP)) + 4.0

@@ -17,6 +17,8 @@ LIBRARIES = frozenset({"bilevel", "builtins", "equinox", "jax", "jaxlib", "numpy
 
 _VALUES = (bool, int, float, complex, str, bytes, types.NoneType, np.generic)
 
+_TALLIED = (int, str, bytes, types.NoneType)
+
 
 class Captured:
     """A function or an object as part of a cache key: itself, and what it computes with.
@@ -140,8 +142,8 @@ def _parts(item: Any, homes: set[int]) -> Iterator[Any]:
     elif isinstance(item, dict):
         yield from item.values()
     elif isinstance(item, list | tuple | set | frozenset):
-        # A list of integers is a tally, kept by a function with side effects.
-        yield from (part for part in item if not isinstance(part, int))
+        # A list of words or counts is a tally, kept by a function with side effects.
+        yield from (part for part in item if not isinstance(part, _TALLIED))
     elif not isinstance(item, type | types.ModuleType | jax.Array) and _is_users(type(item)):
         yield from getattr(item, "__dict__", {}).values()
 

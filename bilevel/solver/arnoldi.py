@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact, Int, PyTree
 
 from bilevel import vector
+from bilevel.perturbation import along, instantiate
 from bilevel.solver import basis as rows
 
 REPEAT = 0.7071
@@ -92,9 +93,17 @@ def _differentiable(static: Any, plan: _Plan) -> Callable[..., Decomposition]:
     def rule(primals: Any, tangents: Any) -> tuple[Decomposition, Decomposition]:
         arrays, v, floor = primals
         outcome = decompose(arrays, v, floor)
-        v_dot = jax.tree.map(_instantiated, tangents[1], is_leaf=_is_zero)
-        step = _step_derivative(static, arrays, tangents[0])
-        return outcome, _differentiate(outcome, v_dot, step, plan)
+
+        def step(inputs: Any) -> Any:
+            arrays, q = inputs
+            precondition, matvec = eqx.combine(arrays, static)
+            z = q if precondition is None else precondition(q)
+            return z, matvec(z)
+
+        def derivative(q: Any, q_dot: Any) -> Any:
+            return along(step, (arrays, q), (tangents[0], q_dot))
+
+        return outcome, _differentiate(outcome, instantiate(tangents[1]), derivative, plan)
 
     decompose.defjvp(rule, symbolic_zeros=True)
     return decompose
@@ -168,9 +177,12 @@ def _orthogonalize(basis: Any, w: Any, length: Array, plan: _Plan) -> tuple[Arra
 
 
 def _differentiate(
-    outcome: Decomposition, v_dot: Any, step: Callable[..., Any], plan: _Plan
+    outcome: Decomposition, v_dot: Any, derivative: Callable[..., Any], plan: _Plan
 ) -> Decomposition:
-    """The tangent of a decomposition, linear in what it is made of and transposable."""
+    """The tangent of a decomposition, linear in what it is made of and transposable.
+
+    `derivative` maps (q, q̇) to (ż, ẇ), for z = M⁻¹q and w = A z.
+    """
     basis, hessenberg, norm = outcome.basis, outcome.hessenberg, outcome.norm
     places = jnp.arange(plan.steps + 1)
     first = rows.read(basis, jnp.int32(0))
@@ -185,7 +197,7 @@ def _differentiate(
         active = index < outcome.count
         # Idle steps repeat the first one: what they give is dropped, but must be finite.
         place = jnp.where(active, index, 0)
-        z_dot, w_dot = step(rows.read(basis, place), rows.read(basis_dot, place))
+        z_dot, w_dot = derivative(rows.read(basis, place), rows.read(basis_dot, place))
         h = hessenberg[:, place]
         following = rows.read(basis, place + 1)
         rest = h[place + 1].real
@@ -224,37 +236,6 @@ def _differentiate(
     )
 
 
-def _step_derivative(static: Any, arrays: Any, arrays_dot: Any) -> Callable[..., Any]:
-    """(q, q̇) -> (ż, ẇ) for z = M⁻¹q and w = A z, with what the functions captured moving."""
-    leaves, treedef = jax.tree.flatten(arrays)
-    directions = jax.tree.leaves(arrays_dot, is_leaf=_is_zero)
-    moving = [place for place, direction in enumerate(directions) if not _is_zero(direction)]
-
-    def derivative(q: Any, q_dot: Any) -> Any:
-        def apply(parts: list[Any], q: Any) -> Any:
-            merged = list(leaves)
-            for place, part in zip(moving, parts, strict=True):
-                merged[place] = part
-            functions = eqx.combine(jax.tree.unflatten(treedef, merged), static)
-            precondition, matvec = functions
-            z = q if precondition is None else precondition(q)
-            return z, matvec(z)
-
-        parts = [leaves[place] for place in moving]
-        parts_dot = [directions[place] for place in moving]
-        return jax.jvp(apply, (parts, q), (parts_dot, q_dot))[1]
-
-    return derivative
-
-
 def _masked(leaf: Array, count: Array) -> Array:
     places = jnp.arange(leaf.shape[0]).reshape(-1, *([1] * (leaf.ndim - 1)))
     return jnp.where(places < count, leaf, 0.0)
-
-
-def _is_zero(leaf: Any) -> bool:
-    return isinstance(leaf, jax.custom_derivatives.SymbolicZero)
-
-
-def _instantiated(tangent: Any) -> Any:
-    return jnp.zeros(tangent.shape, tangent.dtype) if _is_zero(tangent) else tangent

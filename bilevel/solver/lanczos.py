@@ -50,7 +50,7 @@ def extreme_eigenvalues(
     """
     dtype = vector.real_dtype(like)
     small = 100 * vector.epsilon(like)
-    start = _random(like)
+    start = random_vector(like)
     image = precondition(start)
     length = jnp.sqrt(vector.dot(start, image))
     v, q = vector.scale(1.0 / length, start), vector.scale(1.0 / length, image)
@@ -84,7 +84,8 @@ def extreme_eigenvalues(
     return Extremes(values[0], values[-1], values[-1] + jnp.max(rest), rest[0])
 
 
-def _random(like: PyTree) -> PyTree:
+def random_vector(like: PyTree) -> PyTree:
+    """A vector of normally distributed entries, the same at every call."""
     leaves, treedef = jax.tree.flatten(like)
     keys = jax.random.split(jax.random.key(0), len(leaves))
     entries = [
