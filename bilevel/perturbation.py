@@ -5,7 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
+
+from bilevel import vector
 
 
 def is_zero(tangent: Any) -> bool:
@@ -46,3 +48,21 @@ def along(function: Callable[[Any], Any], inputs: PyTree, tangents: PyTree) -> P
         moved, ([leaves[i] for i in moving],), ([directions[i] for i in moving],)
     )
     return tangent
+
+
+@jax.custom_jvp
+def with_derivative_of(value: PyTree, moved: PyTree, trust: Array) -> PyTree:
+    """`value`, with the derivative of `moved` times `trust`.
+
+    With NaN for `trust` a failure keeps its last iterate and gets no derivative that looks
+    like one.
+    """
+    del moved, trust
+    return value
+
+
+@with_derivative_of.defjvp
+def _with_derivative_of_jvp(primals: Any, tangents: Any) -> Any:
+    value, _, trust = primals
+    _, direction, _ = tangents
+    return value, vector.scale(trust, direction)

@@ -126,4 +126,5 @@ if __name__ == "__main__":
 
     from bilevel.cli import main
 
-    sys.exit(main(["compare", __file__, "--overwrite", *sys.argv[1:]]))
+    # Single precision ends near 5e-6: the work is compared where both policies get to.
+    sys.exit(main(["compare", __file__, "--overwrite", "--target", "1e-4", *sys.argv[1:]]))

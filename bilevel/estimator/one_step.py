@@ -10,6 +10,7 @@ from jaxtyping import Array, PyTree
 from bilevel import vector
 from bilevel.closed import stopped
 from bilevel.estimator.base import Estimator, Record, Setting, no_adjoint
+from bilevel.perturbation import with_derivative_of
 from bilevel.solution import Solution, Status
 from bilevel.solver.iteration import begin
 from bilevel.solver.loop import run
@@ -49,21 +50,8 @@ class OneStep(Estimator):
         iteration, state, residual = begin(bound, solver, start)
         moved = solver.value(iteration.update(state, residual))
         trust = jnp.where(solution.status >= Status.DIVERGED, jnp.nan, 1.0)
-        value = _with_derivative_of(solution.value, moved, trust)
+        value = with_derivative_of(solution.value, moved, trust)
         return eqx.tree_at(lambda s: s.value, solution, value)
-
-
-@jax.custom_jvp
-def _with_derivative_of(value: PyTree, moved: PyTree, trust: Array) -> PyTree:
-    del moved, trust
-    return value
-
-
-@_with_derivative_of.defjvp
-def _with_derivative_of_jvp(primals: Any, tangents: Any) -> Any:
-    value, _, trust = primals
-    _, direction, _ = tangents
-    return value, vector.scale(trust, direction)
 
 
 def _reporting(solution: Solution, record: Record) -> PyTree:

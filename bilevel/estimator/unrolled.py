@@ -12,7 +12,8 @@ from bilevel import vector
 from bilevel.budget import Budget
 from bilevel.closed import stopped
 from bilevel.estimator.base import Estimator, Record, Setting, no_adjoint
-from bilevel.solution import Solution
+from bilevel.perturbation import with_derivative_of
+from bilevel.solution import Solution, Status
 from bilevel.solver.checkpointing import (
     Layout,
     Linearization,
@@ -124,7 +125,10 @@ class Unrolled(Estimator):
             closed = close_iteration(iteration, state, residual)
             differentiable = _reverse(self, history)
             final, solution = differentiable(closed, state, residual, budget, record)
-        return eqx.tree_at(lambda s: s.value, stopped(solution), solver.value(final))
+        solution, value = stopped(solution), solver.value(final)
+        trust = jnp.where(solution.status >= Status.DIVERGED, jnp.nan, 1.0)
+        value = with_derivative_of(solution.value, value, trust)
+        return eqx.tree_at(lambda s: s.value, solution, value)
 
 
 def _reverse(options: Unrolled, history: int) -> Any:

@@ -39,6 +39,11 @@ class Example:
             return jax.grad(lambda theta: loss(self.solution(theta), theta))(self.theta)
 
 
+def by_name(case: Any) -> str:
+    """How tests name a row."""
+    return case.name
+
+
 def loss(x: Any, theta: Any) -> Any:
     """An outer loss that depends on θ directly, too."""
     return jnp.sum(jnp.sin(x - 0.3)) + 0.5 * jnp.sum(theta * x)

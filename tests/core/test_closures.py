@@ -216,8 +216,6 @@ def test_captured_theta_in_every_order_of_transformations(estimator: str):
     )(thetas)
     combinations = {
         "grad": lambda batch: jnp.stack([jax.grad(value)(theta) for theta in batch]),
-        "grad of jit": lambda batch: jnp.stack([jax.grad(jax.jit(value))(t) for t in batch]),
-        "vmap of grad": jax.vmap(jax.grad(value)),
         "jit of vmap of grad": jitted(jax.vmap(jax.grad(value))),
         "grad of sum of vmap": jitted(jax.grad(lambda batch: jnp.sum(jax.vmap(value)(batch)))),
     }
