@@ -99,7 +99,9 @@ def test_names_are_listed_before_they_are_used():
 @pytest.mark.parametrize("path", CORE, ids=module_name)
 def test_core_needs_only_its_own_dependencies(path: Path):
     """Neither an adapter nor what an extra brings; plots may ask for matplotlib when drawn."""
-    required = {re.split(r"[<>=!~\[; ]", entry)[0] for entry in PROJECT["dependencies"]}
+    required = {
+        re.split(r"[<>=!~\[; ]", entry)[0].replace("-", "_") for entry in PROJECT["dependencies"]
+    }
     allowed = (required - {"jaxopt"}) | {"bilevel", "jaxlib"} | sys.stdlib_module_names
     tree = parse(path)
     at_import = ast.Module([node for node in tree.body if not is_definition(node)], [])

@@ -46,6 +46,10 @@ class Record:
     - `validation_seconds`: wall time of the validation, without compilation.
     - `compile_seconds`: wall time of the compilations in this epoch.
     - `elapsed`: wall time since the start, with everything.
+
+    >>> record = Record(epoch=1, metric=0.5, primal_iterations=25)
+    >>> record.metric, record.adjoint_iterations is None
+    (0.5, True)
     """
 
     epoch: int

@@ -38,7 +38,7 @@ def budgets(run: bl.Run) -> list[int]:
 def work_to(run: bl.Run, error: float) -> int:
     done = 0
     for record in run.history:
-        done += record.primal_iterations
+        done += record.primal_iterations or 0
         if record.metric < error:
             return done
     raise AssertionError(error)
