@@ -167,14 +167,18 @@ def arrange(
             raise TypeError(msg)
     estimator = Implicit() if estimator is None else estimator
     estimator.check_budget(budget)
+    x0 = as_vector("x0", x0)
+    if adjoint_guess is not None:
+        adjoint_guess = as_vector("adjoint_guess", adjoint_guess)
+        _require_like("adjoint_guess", adjoint_guess, x0)
     setting = Setting(
         problem=as_inner_problem(problem),
         theta=jax.tree.map(_as_array, theta),
-        x0=as_vector("x0", x0),
+        x0=x0,
         solver=solver,  # pyright: ignore[reportArgumentType]
         budget=_as_arrays(budget),  # pyright: ignore[reportArgumentType]
         adjoint_budget=_as_arrays(adjoint_budget),
-        adjoint_guess=None if adjoint_guess is None else as_vector("adjoint_guess", adjoint_guess),
+        adjoint_guess=adjoint_guess,
         history=history,
     )
     return setting, estimator, probe
@@ -258,6 +262,18 @@ def check_residual(kind: str, outcome: PyTree, x: PyTree) -> None:
                 f"x0.astype({value.dtype})."
             )
             raise TypeError(msg)
+
+
+def _require_like(name: str, given: PyTree, x0: PyTree) -> None:
+    def kinds(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", tree)
+
+    if kinds(given) != kinds(x0):
+        msg = (
+            f"{name} must be like x0, {kinds(x0)}, got {kinds(given)}. Give an adjoint solution "
+            "of the same problem, or leave it out for a start at zero."
+        )
+        raise TypeError(msg)
 
 
 def _as_arrays(budget: Budget | None) -> Budget | None:

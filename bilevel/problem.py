@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
@@ -233,7 +234,9 @@ class LinearSystem(InnerProblem):
 
     def at(self, theta: PyTree) -> BoundProblem:
         """The problem at one θ: operator and right-hand side are evaluated once."""
-        constant = hasattr(self.operator, "matvec") or not callable(self.operator)
+        # A class of operators is a function of θ, although it has a matvec, too.
+        made = not isinstance(self.operator, type) and hasattr(self.operator, "matvec")
+        constant = made or not callable(self.operator)
         operator = as_operator(
             self.operator if constant else self.operator(theta),
             symmetric=self.symmetric,
@@ -295,8 +298,6 @@ def as_inner_problem(problem: object) -> InnerProblem:
 
 
 def _is_concrete_matrix(operator: object) -> bool:
-    is_array = hasattr(operator, "ndim") and hasattr(operator, "dtype")
-    if not is_array or isinstance(operator, Tracer) or hasattr(operator, "matvec"):
+    if not isinstance(operator, jax.Array | np.ndarray) or isinstance(operator, Tracer):
         return False
-    matrix: Any = operator
-    return matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1] and matrix.size > 0
+    return operator.ndim == 2 and operator.shape[0] == operator.shape[1] and operator.size > 0

@@ -159,9 +159,11 @@ def _attachment(static: Any) -> Any:
         record_dot = _linear_record(tangent.record, context.record)
         if forcing is None and record_dot is None:
             return value, vector.zeros_like(value)
-        if forcing is None:
-            anchor = jax.tree.leaves(record_dot)[0]
-            forcing = jax.tree.map(lambda leaf: _depending(anchor, leaf), value)
+        # Where θ does not reach a leaf of the residual, zero is no linear function of anything,
+        # and a linear solve can be transposed only if its whole right-hand side is linear.
+        anchor = _moving((tangent.arrays, tangent.record))[0]
+        nothing = jax.tree.map(lambda leaf: _depending(anchor, leaf), value)
+        forcing = nothing if forcing is None else vector.add(forcing, nothing)
         return value, _linear_solve(static, value, context, forcing, record_dot)
 
     attach.defjvp(rule, symbolic_zeros=True)
@@ -172,13 +174,14 @@ def _is_zero(leaf: Any) -> bool:
     return isinstance(leaf, jax.custom_derivatives.SymbolicZero)
 
 
-def _linear_record(tangent: Record, record: Record) -> Record | None:
-    """The record's tangent, every leaf of it linear; `None` where it is not perturbed.
+def _moving(tangents: Any) -> list[Any]:
+    leaves = jax.tree.leaves(tangents, is_leaf=_is_zero)
+    return [leaf for leaf in leaves if not _is_zero(leaf)]
 
-    A linear solve can be transposed only if its whole right-hand side is linear.
-    """
-    leaves = jax.tree.leaves(tangent, is_leaf=_is_zero)
-    moving = [leaf for leaf in leaves if not _is_zero(leaf)]
+
+def _linear_record(tangent: Record, record: Record) -> Record | None:
+    """The record's tangent, every leaf of it linear; `None` where it is not perturbed."""
+    moving = _moving(tangent)
     if not moving:
         return None
     anchor = moving[0]

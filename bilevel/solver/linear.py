@@ -32,16 +32,22 @@ def solve_linear(
     gets at least one iteration, or the status `NOT_STARTED`: a start at zero must never
     pass for a zero gradient.
     """
+    start = vector.zeros_like(rhs) if guess is None else guess
+
+    def residual(v: PyTree) -> PyTree:
+        # At the zero start the residual is the right-hand side: nothing to apply.
+        zero = guess is None and v is start
+        return rhs if zero else vector.subtract(rhs, operator.matvec(v))
+
     bound = BoundProblem(
         name="adjoint system",
-        residual=lambda v: vector.subtract(rhs, operator.matvec(v)),
+        residual=residual,
         operator=operator,
         rhs=rhs,
         symmetric=operator.symmetric,
         positive_definite=operator.positive_definite,
     )
     solver.check(bound)
-    start = vector.zeros_like(rhs) if guess is None else guess
     bound = solver.prepare(bound, start)
     solution = run(bound, solver, start, budget, minimum=1)
     if guess is None:

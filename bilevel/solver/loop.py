@@ -127,19 +127,21 @@ def drive(
     carried = None if solver.recursive and not recording else residual
     store = None if recorder is None else recorder.store
     sweep = _sweep(iteration, limits, recorder)
-    state, _, progress, store = sweep(state, carried, progress, store)
-    applications = jnp.asarray(solver.applications(state, progress.count), jnp.int32)
-    true_norm = progress.norm
-    if iteration.confirms(state):
-        true_norm = vector.norm(iteration.true_residual(state))
-        applications = applications + 1
-        if restarts and recorder is None and solver.recursive:
-            state, progress, true_norm, applications = _confirm(
-                iteration, sweep, (state, progress, true_norm, applications), limits
-            )
+    if solver.recursive and restarts and recorder is None:
+        state, progress, true_norm, applications, failure = _confirmed(
+            iteration, sweep, state, progress, limits
+        )
+    else:
+        state, _, progress, store = sweep(state, carried, progress, store)
+        applications = jnp.asarray(solver.applications(state, progress.count), jnp.int32)
+        failure = solver.failure(state)
+        true_norm = progress.norm
+        if iteration.confirms(state):
+            true_norm = vector.norm(iteration.true_residual(state))
+            applications = applications + 1
     solution = Solution(
         value=solver.value(state),
-        status=_status(iteration, state, progress, limits, true_norm),
+        status=_status(iteration, failure, progress, limits, true_norm),
         residual_norm=true_norm,
         iterations=progress.count,
         tolerance=limits.tolerance,
@@ -244,33 +246,52 @@ def _start_history(length: int, norm: Array) -> Array | None:
     return jnp.full((length,), jnp.nan, norm.dtype).at[0].set(norm)
 
 
-def _confirm(iteration: Iteration, sweep: Callable[..., Any], carry: Any, limits: Limits) -> Any:
-    """Go on from the true residual while that helps and the budget lasts."""
+def _confirmed(
+    iteration: Iteration,
+    sweep: Callable[..., Any],
+    state: PyTree,
+    progress: Progress,
+    limits: Limits,
+) -> tuple[PyTree, Progress, Array, Array, Array]:
+    """Sweep, and go on from the true residual while that helps and the budget lasts.
+
+    A fresh state at the last iterate evaluates the true residual, which both confirms the
+    recursive one and is what a further sweep starts from.
+
+    **Returns:** a fresh state at the last iterate, the progress, the true residual norm
+    there, the applications, and the failure that ended the last sweep.
+    """
     solver = iteration.solver
 
     def again(carry: Any) -> Any:
-        state, progress, true_norm, applications, _ = carry
+        state, progress, true_norm, applications, _, _ = carry
         before = progress.count
         progress = eqx.tree_at(lambda p: p.norm, progress, true_norm)
+        state, _, progress, _ = sweep(state, None, progress, None)
+        applications = applications + solver.applications(state, progress.count - before)
+        failure = solver.failure(state)
         state = iteration.restart(state)
-        carried = None if solver.recursive else iteration.residual(state)
-        state, _, progress, _ = sweep(state, carried, progress, None)
-        new_norm = vector.norm(iteration.true_residual(state))
-        applications = applications + solver.applications(state, progress.count - before) + 1
-        return state, progress, new_norm, applications, new_norm < 0.5 * true_norm
+        new_norm = vector.norm(iteration.residual(state))
+        better = new_norm < 0.5 * true_norm
+        return state, progress, new_norm, applications.astype(jnp.int32), failure, better
 
     def worthwhile(carry: Any) -> Array:
-        state, progress, true_norm, _, improved = carry
-        return (
-            improved
+        _, progress, true_norm, applications, failure, better = carry
+        return (applications == 0) | (
+            better
             & (true_norm > limits.tolerance)
             & (progress.norm <= limits.tolerance)
             & (progress.count < limits.iterations)
-            & (solver.failure(state) == Status.CONVERGED)
+            & (failure == Status.CONVERGED)
         )
 
-    *carry, _ = jax.lax.while_loop(worthwhile, again, (*carry, jnp.array(True)))
-    return carry
+    none = jnp.int32(0)
+    carry = (state, progress, progress.norm, none, solver.failure(state), jnp.array(True))
+    state, progress, true_norm, applications, failure, _ = jax.lax.while_loop(
+        worthwhile, again, carry
+    )
+    # The last fresh state evaluated a residual, too.
+    return state, progress, true_norm, applications + 1, failure
 
 
 def _rate(progress: Progress) -> Array:
@@ -281,12 +302,11 @@ def _rate(progress: Progress) -> Array:
 
 
 def _status(
-    iteration: Iteration, state: PyTree, progress: Progress, limits: Limits, true_norm: Array
+    iteration: Iteration, failure: Array, progress: Progress, limits: Limits, true_norm: Array
 ) -> Array:
     def code(status: Status) -> Array:
         return jnp.int32(status)
 
-    failure = iteration.solver.failure(state)
     # The recursion says converged, the truth does not: rounding may explain a little of it.
     level = jnp.sqrt(jnp.finfo(true_norm.dtype).eps) * limits.reference
     level = jnp.maximum(level, 10.0 * limits.tolerance)
@@ -308,6 +328,9 @@ def _status(
         # A recursion that lost touch with the truth is no iteration that ran out of budget.
         lost = true_norm > 10.0 * progress.norm + level
         result = jnp.where(lost & ~diverged, code(Status.BREAKDOWN), result)
+    # Nothing can be told of the operator from a residual that is all rounding.
+    drowned = (failure == Status.BREAKDOWN) & (true_norm <= level)
+    failure = jnp.where(drowned, code(Status.ROUNDING), failure)
     result = jnp.where(failure != Status.CONVERGED, failure, result)
     result = jnp.where(true_norm <= limits.tolerance, code(Status.CONVERGED), result)
     finite = jnp.isfinite(true_norm) & jnp.isfinite(progress.norm)

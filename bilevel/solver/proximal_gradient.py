@@ -179,8 +179,7 @@ class ProximalGradient(InnerSolver):
             x = _move(parts, point, gradient, length)
             change = vector.subtract(x, point)
             model = vector.dot(gradient, change) + vector.dot(change, change) / (2 * length)
-            here = parts.objective(x)
-            accepted = here <= value + model.astype(value.dtype) + slack(value)
+            accepted = parts.objective(x) <= value + model.astype(value.dtype) + slack(value)
             return _Trial(length, number, accepted)
 
         trial = jax.lax.while_loop(

@@ -116,7 +116,8 @@ def _order(steps: np.ndarray, remainders: np.ndarray, known: float, tail: float)
     # Only an unbroken run from the largest step on: what rises again is noise.
     count = len(clear) if clear.all() else int(np.argmin(clear))
     if count < 2:
-        return float("nan")
+        # A kink that the largest step alone crosses leaves a function that is linear beyond.
+        return float("inf" if remainders[1:].max() <= CLEARANCE * known else "nan")
     chosen = slice(max(count - FITTED, 0), count)
     return float(np.polyfit(np.log(steps[chosen]), np.log(remainders[chosen]), 1)[0])
 

@@ -9,7 +9,16 @@ import pytest
 
 import bilevel as bl
 from bilevel.testing import ConformanceError, check_inner_problem
-from tests.core.cases import EXAMPLES, N, definite_matrix, general_matrix, loss, rhs
+from tests.core.cases import (
+    EXAMPLES,
+    N,
+    definite_matrix,
+    general_matrix,
+    loss,
+    mapping,
+    rhs,
+    root_residual,
+)
 from tests.core.compiling import jitted
 
 THETA = EXAMPLES["ridge"].theta
@@ -133,7 +142,8 @@ def test_complex_unknowns_of_a_minimisation(name: str):
     """Not holomorphic: the Hessian is linear over the reals only."""
 
     def objective(x: Any, theta: Any) -> Any:
-        return jnp.sum(jnp.abs(x) ** 2 + 0.4 * (x**2).real - 2 * (jnp.conj(theta) * x).real)
+        square = x.real**2 + x.imag**2
+        return jnp.sum(square + 0.4 * (x**2).real - 2 * (jnp.conj(theta) * x).real)
 
     theta = jnp.array([1.0 + 2j, -0.5j])
 
@@ -153,15 +163,27 @@ def test_complex_unknowns_of_a_minimisation(name: str):
 # ------------------------------------------------------------------------- single precision
 
 
-@pytest.mark.parametrize("name", ["ridge", "convex", "definite", "mapping", "root", "lasso"])
+def narrow(function: Any) -> Any:
+    """The table's data are NumPy arrays of double precision."""
+    return lambda *arguments: function(*arguments).astype(jnp.float32)
+
+
+IN_SINGLE: dict[str, Any] = {
+    "ridge": EXAMPLES["ridge"].problem,
+    "convex": EXAMPLES["convex"].problem,
+    "definite": bl.LinearSystem(narrow(definite_matrix), narrow(rhs), positive_definite=True),
+    "mapping": bl.FixedPoint(narrow(mapping)),
+    "root": bl.RootFinding(narrow(root_residual)),
+    "lasso": EXAMPLES["lasso"].problem,
+}
+
+
+@pytest.mark.parametrize("name", IN_SINGLE)
 def test_single_precision_stays_single_precision(name: str):
     """With double precision enabled, as it is here: nothing widens on the way."""
     example = EXAMPLES[name]
     theta, x0 = example.theta.astype(jnp.float32), example.x0.astype(jnp.float32)
-    problem = example.problem
-    if name in {"mapping"}:  # its data are NumPy arrays of double precision
-        problem = bl.FixedPoint(lambda x, t: example.problem.mapping(x, t).astype(x.dtype))
-
+    problem = IN_SINGLE[name]
     def value(theta: Any) -> Any:
         solution = bl.solve(problem, theta, x0)
         return loss(solution.value, theta).astype(jnp.float32), solution
