@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import equinox as eqx
 import jax
 import numpy as np
 
@@ -97,7 +98,8 @@ def _held(roots: Iterable[Any]) -> list[Any]:
         if depth > 0 and not isinstance(item, functools.partial | types.MethodType):
             found.append(item)
         if isinstance(item, np.ndarray):
-            found.append(zlib.crc32(np.ascontiguousarray(item).view(np.uint8).data))
+            if not item.dtype.hasobject:
+                found.append(zlib.crc32(np.ascontiguousarray(item).view(np.uint8).data))
         elif depth < DEPTH:
             for part in _parts(item, homes):
                 visit(part, depth + 1)
@@ -130,7 +132,9 @@ def _functions(kinds: Iterable[type]) -> Iterator[Any]:
 
 def _parts(item: Any, homes: set[int]) -> Iterator[Any]:
     """What an object can compute with, one level down."""
-    if isinstance(item, functools.partial):
+    if isinstance(item, eqx.Module):
+        yield from jax.tree.leaves(item)
+    elif isinstance(item, functools.partial):
         yield from (item.func, *item.args, *item.keywords.values())
     elif isinstance(item, types.MethodType):
         yield from (item.__func__, item.__self__)

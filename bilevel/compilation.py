@@ -52,7 +52,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         )
         classes = Classes((args, kwargs))
         held = [part for leaf in static if isinstance(leaf, Captured) for part in leaf.held]
-        if any(isinstance(part, Tracer) for part in jax.tree.leaves([*held, *classes.held])):
+        if any(isinstance(part, Tracer) for part in (*held, *classes.held)):
             return function(*args, **kwargs)
         try:
             hash((static, treedef, classes))

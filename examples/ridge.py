@@ -1,7 +1,7 @@
 """Ridge regression with one penalty for every feature, learnt from validation data.
 
     bilevel run examples/ridge.py
-    bilevel compare examples/ridge.py --policies full,fixed=8,prdp
+    bilevel compare examples/ridge.py --policies full,fixed=12,prdp
 
 The inner problem fits the weights to the training data under 500 penalties exp(θⱼ); the
 outer loss is the error of those weights on the validation data.  Only 50 of the features
@@ -59,7 +59,7 @@ def task(features: int = 500, relevant: int = 50, seed: int = 0) -> bl.Task:
         name="ridge",
         metric_name="validation error",
         optimizer=optax.adam(0.1),
-        epochs=60,
-        ladder=bl.Ladder.iterations(start=1, step=1, stop=40),
+        epochs=100,
+        ladder=bl.Ladder.iterations(start=4, step=4, stop=40),
         full=bl.Budget(iterations=40),
     )

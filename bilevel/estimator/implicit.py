@@ -17,6 +17,7 @@ from bilevel.solver.base import IncompatibleError, InnerSolver
 from bilevel.solver.default_linear import default_linear_solver
 from bilevel.solver.linear import solve_linear, trusted
 from bilevel.solver.loop import run
+from bilevel.solver.preconditioning import with_closed_preconditioner
 
 
 class Implicit(Estimator):
@@ -125,6 +126,7 @@ def solve_implicitly(
     linear = adjoint_solver
     if linear is None:
         linear = default_linear_solver(equation.at(theta), x0)
+    linear = with_closed_preconditioner(linear, x0)
     budget = setting.adjoint_budget
     if budget is None:
         budget = linear.default_budget(x0)

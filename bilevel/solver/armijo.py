@@ -16,11 +16,12 @@ from bilevel.solver.parameter import positive, whole, within
 
 
 class ArmijoState(eqx.Module):
-    """Iterate and objective, last step length, first gradient norm, evaluations, and status."""
+    """Iterate and objective, last and first step length, first gradient norm, and counts."""
 
     x: PyTree
     value: Float[Array, ""]
     length: Float[Array, ""]
+    first_length: Float[Array, ""]
     first_norm: Float[Array, ""]
     evaluations: Int[Array, ""]
     status: Int[Array, ""]
@@ -61,7 +62,7 @@ class ArmijoGradientDescent(FirstOrderSolver):
     decrease: Float[Array, ""] | float = 1e-4
     shrink: Float[Array, ""] | float = 0.5
     growth: Float[Array, ""] | float = 1.5
-    trials: int = eqx.field(static=True, default=50)
+    trials: int = eqx.field(static=True, default=30)
 
     def __check_init__(self) -> None:
         """Validate the parameters where they are concrete."""
@@ -83,11 +84,12 @@ class ArmijoGradientDescent(FirstOrderSolver):
             first, products = first_length(problem, x, residual), 1
         else:
             first, products = jnp.asarray(self.step_size), 0
-        length = (first / self.growth).astype(norm.dtype)
+        length, growth = first.astype(norm.dtype), jnp.asarray(self.growth, norm.dtype)
         return ArmijoState(
             x=x,
             value=jax.lax.stop_gradient(objective_of(problem)(x)),
-            length=jax.lax.stop_gradient(length),
+            length=jax.lax.stop_gradient(length / growth),
+            first_length=jax.lax.stop_gradient(length),
             first_norm=norm,
             evaluations=jnp.int32(1 + products),
             status=jnp.int32(Status.CONVERGED),
@@ -100,6 +102,7 @@ class ArmijoGradientDescent(FirstOrderSolver):
             x=vector.add_scaled(state.x, jnp.where(trial.accepted, trial.length, 0.0), residual),
             value=jnp.where(trial.accepted, trial.value, state.value),
             length=jnp.where(trial.accepted, trial.length, state.length),
+            first_length=state.first_length,
             first_norm=state.first_norm,
             evaluations=state.evaluations + trial.number,
             status=status,
@@ -133,20 +136,21 @@ class ArmijoGradientDescent(FirstOrderSolver):
                 return vector.dot(problem.residual(point), r) >= (2 * decrease - 1) * squared
 
             required = (decrease * length * squared).astype(value.dtype)
-            clear = required > slack(value)
-            allowed = here <= value + jnp.where(clear, -required, slack(value))
+            lower = (here <= value - required) & (here < value)
             # The gradient is evaluated only where the objective cannot decide.
-            accepted = jax.lax.cond(allowed & ~clear, flat, lambda: allowed)
+            drowned = ~clear & (here <= value + slack(value))
+            accepted = jax.lax.cond(drowned, flat, lambda: clear & lower)
             return _Trial(length, here, number, accepted)
 
         first = state.length * growth
+        # Told from the first trial: one that a search has shrunk would look drowned anyway.
+        clear = decrease * first * squared > slack(value)
         trial = jax.lax.while_loop(
             lambda trial: ~trial.accepted & (trial.number < self.trials),
             lambda trial: attempt(trial.length * shrink, trial.number + 1),
             attempt(first, jnp.int32(1)),
         )
-        level = jnp.sqrt(jnp.finfo(dtype).eps) * state.first_norm
-        why = failure_of(value, first * squared, jnp.sqrt(squared) <= level)
+        why = failure_of(value, jnp.sqrt(squared), state.first_length, state.first_norm)
         status = jnp.where(trial.accepted, jnp.int32(Status.CONVERGED), why)
         return jax.lax.stop_gradient((trial, status))
 

@@ -222,9 +222,7 @@ def _differentiate(
         )
         return basis_dot, (z_dot if plan.keep else None, jnp.where(active, h_dot, 0.0))
 
-    basis_dot, (kept_dot, columns_dot) = jax.lax.scan(
-        advance, basis_dot, jnp.arange(plan.steps)
-    )
+    basis_dot, (kept_dot, columns_dot) = jax.lax.scan(advance, basis_dot, jnp.arange(plan.steps))
     if plan.keep:
         kept_dot = jax.tree.map(lambda leaf: _masked(leaf, outcome.count), kept_dot)
     return Decomposition(

@@ -1,6 +1,6 @@
 """Stabilised biconjugate gradients."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import equinox as eqx
 import jax

@@ -12,7 +12,6 @@ from bilevel.solution import Status
 from bilevel.solver.base import InnerSolver
 from bilevel.solver.preconditioning import Preconditioner, precondition, prepare_preconditioner
 
-
 NEGLIGIBLE = 16.0
 """A curvature of so many units of rounding, relative to the largest, counts as zero."""
 

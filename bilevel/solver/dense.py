@@ -39,15 +39,24 @@ def coordinates(like: PyTree, *, real: bool) -> tuple[Callable[..., Any], Callab
     if not (real and jnp.iscomplexobj(flat)):
         return lambda v: ravel_pytree(v)[0], unravel
 
+    # Leaf by leaf: a real leaf beside a complex one has no imaginary part to solve for.
+    _, unravel_pairs = ravel_pytree(_as_real(like))
+
     def flatten(v: PyTree) -> Array:
-        values = ravel_pytree(v)[0]
-        return jnp.concatenate([values.real, values.imag])
+        return ravel_pytree(_as_real(v))[0]
 
     def unflatten(values: Array) -> PyTree:
-        real_part, imaginary = jnp.split(values, 2)
-        return unravel(real_part + 1j * imaginary)
+        return jax.tree.map(
+            lambda leaf, part: jax.lax.complex(*part) if jnp.iscomplexobj(leaf) else part,
+            like,
+            unravel_pairs(values),
+        )
 
     return flatten, unflatten
+
+
+def _as_real(v: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else leaf, v)
 
 
 def apply_to_identity(function: Callable[[Array], Array], like: Array) -> Float[Array, "n m"]:

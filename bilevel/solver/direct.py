@@ -17,7 +17,6 @@ from bilevel.solution import Status
 from bilevel.solver.base import InnerSolver
 from bilevel.solver.dense import coordinates, dense_matrix
 
-
 STALLED = 0.5
 """A step of refinement that leaves more than this share of the residual is the last one."""
 

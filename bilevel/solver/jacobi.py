@@ -24,8 +24,9 @@ class Jacobi(InnerSolver):
 
     >>> import jax.numpy as jnp, bilevel as bl
     >>> problem = bl.LinearSystem(jnp.array([[2.0, 1.0], [1.0, 2.0]]), jnp.array([2.0, 4.0]))
-    >>> solution = bl.solve(problem, None, jnp.zeros(2), solver=bl.Jacobi(),
-    ...                     budget=bl.Budget(iterations=1))
+    >>> solution = bl.solve(
+    ...     problem, None, jnp.zeros(2), solver=bl.Jacobi(), budget=bl.Budget(iterations=1)
+    ... )
     >>> [float(v) for v in solution.value]
     [1.0, 2.0]
     """

@@ -1,7 +1,5 @@
 """Limited-memory BFGS."""
 
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -11,7 +9,7 @@ from bilevel import vector
 from bilevel.bound import BoundProblem
 from bilevel.solution import Status
 from bilevel.solver.first_order import FirstOrderSolver
-from bilevel.solver.line_search import failure_of, first_length, objective_of, wolfe
+from bilevel.solver.line_search import Found, failure_of, first_length, objective_of, wolfe
 from bilevel.solver.parameter import positive, whole, within
 from bilevel.solver.recall import recall
 
@@ -24,6 +22,7 @@ class LBFGSState(eqx.Module):
     - `inverses`: 1/⟨step, change⟩ of each pair, 0 where there is none.
     - `scale`: the multiple of the identity that the inverse Hessian starts from.
     - `pairs`: pairs taken so far; `evaluations`: of objective and gradient.
+    - `first_length`, `first_norm`: natural step and gradient norm at the start.
     """
 
     x: PyTree
@@ -34,6 +33,7 @@ class LBFGSState(eqx.Module):
     inverses: Float[Array, " history"]
     scale: Float[Array, ""]
     pairs: Int[Array, ""]
+    first_length: Float[Array, ""]
     first_norm: Float[Array, ""]
     evaluations: Int[Array, ""]
     status: Int[Array, ""]
@@ -94,6 +94,7 @@ class LBFGS(FirstOrderSolver):
         """Evaluate once, and measure the curvature along the gradient."""
         residual = problem.residual(x)
         norm = jax.lax.stop_gradient(vector.norm(residual))
+        length = first_length(problem, x, residual).astype(norm.dtype)
         none = jax.tree.map(lambda leaf: jnp.zeros((self.history, *leaf.shape), leaf.dtype), x)
         return LBFGSState(
             x=x,
@@ -102,8 +103,9 @@ class LBFGS(FirstOrderSolver):
             steps=none,
             changes=none,
             inverses=jnp.zeros(self.history, norm.dtype),
-            scale=first_length(problem, x, residual).astype(norm.dtype),
+            scale=length,
             pairs=jnp.int32(0),
+            first_length=length,
             first_norm=norm,
             evaluations=jnp.int32(2),
             status=jnp.int32(Status.CONVERGED),
@@ -127,7 +129,7 @@ class LBFGS(FirstOrderSolver):
         )
         x = vector.add_scaled(state.x, found.length, direction)
         after = recall(problem.residual, x, found.residual)
-        return self._remember(state, residual, x, after, found, direction)
+        return self._remember(state, residual, x, after, found)
 
     def residual(self, problem: BoundProblem, state: LBFGSState) -> PyTree:
         """The residual that the line search evaluated."""
@@ -144,13 +146,7 @@ class LBFGS(FirstOrderSolver):
         return state.evaluations
 
     def _remember(
-        self,
-        state: LBFGSState,
-        residual: PyTree,
-        x: PyTree,
-        after: PyTree,
-        found: Any,
-        direction: PyTree,
+        self, state: LBFGSState, residual: PyTree, x: PyTree, after: PyTree, found: Found
     ) -> LBFGSState:
         difference, change = vector.subtract(x, state.x), vector.subtract(residual, after)
         product, square = vector.dot(difference, change), vector.dot(change, change)
@@ -166,10 +162,8 @@ class LBFGS(FirstOrderSolver):
         inverses = jnp.where(
             keep, state.inverses.at[slot].set(1.0 / positive_product), state.inverses
         )
-        shrunk = vector.norm(residual) <= (
-            jnp.sqrt(jnp.finfo(state.first_norm.dtype).eps) * state.first_norm
-        )
-        why = failure_of(state.value, vector.dot(residual, direction), shrunk)
+        norm = vector.norm(jax.lax.stop_gradient(residual))
+        why = failure_of(state.value, norm, state.first_length, state.first_norm)
         fine = found.success | dropped
         return LBFGSState(
             x=x,
@@ -182,6 +176,7 @@ class LBFGS(FirstOrderSolver):
                 keep, positive_product / jnp.where(curved, square, 1.0), state.scale
             ),
             pairs=jnp.where(dropped, 0, state.pairs + keep.astype(jnp.int32)),
+            first_length=state.first_length,
             first_norm=state.first_norm,
             evaluations=state.evaluations + found.evaluations,
             status=jax.lax.stop_gradient(jnp.where(fine, jnp.int32(Status.CONVERGED), why)),

@@ -64,18 +64,25 @@ def first_length(problem: BoundProblem, x: PyTree, residual: PyTree) -> Float[Ar
 
 
 def failure_of(
-    value: Float[Array, ""], predicted: Float[Array, ""], shrunk: Bool[Array, ""]
+    value: Float[Array, ""],
+    norm: Float[Array, ""],
+    first_length: Float[Array, ""],
+    first_norm: Float[Array, ""],
 ) -> Int[Array, ""]:
     """Why no step was found: rounding, where that explains it, or a failure.
 
+    Rounding does where a step of the first length promises less than the objective can
+    show, or where the gradient has shrunk to the square root of rounding level.  Lengths
+    that the search itself has shrunk prove nothing: at a kink they vanish, too.
+
     **Arguments:**
 
-    - `value`: the objective.
-    - `predicted`: the decrease that the gradient promised.
-    - `shrunk`: whether the gradient has shrunk to the square root of rounding level.
+    - `value`, `norm`: objective and gradient norm.
+    - `first_length`, `first_norm`: natural step length and gradient norm at the start.
     """
-    drowned = (predicted <= 10 * slack(value)) | shrunk
-    return jnp.where(drowned, jnp.int32(Status.ROUNDING), jnp.int32(Status.LINE_SEARCH))
+    promised = first_length * norm**2 <= 10 * slack(value)
+    shrunk = norm <= jnp.sqrt(jnp.finfo(norm.dtype).eps) * first_norm
+    return jnp.where(promised | shrunk, jnp.int32(Status.ROUNDING), jnp.int32(Status.LINE_SEARCH))
 
 
 class _Bracket(NamedTuple):
@@ -132,7 +139,8 @@ def wolfe(
         left = vector.dot(r, direction)
         required = (decrease * trial * slope).astype(value.dtype)
         equal = (here <= value + slack(value)) & (left >= (2 * decrease - 1) * slope)
-        decreased = jnp.where(required > slack(value), here <= value - required, equal)
+        lower = (here <= value - required) & (here < value)
+        decreased = jnp.where(clear, lower, equal)
         decreased = decreased & jnp.isfinite(left)
         short = decreased & (left > curvature * slope)
         found = Found(trial, here, r, bracket.best.evaluations + 1, decreased)
@@ -152,6 +160,8 @@ def wolfe(
     def goes_on(bracket: _Bracket) -> Array:
         return ~bracket.done & (bracket.best.evaluations < trials)
 
+    # Told from the first trial: one that a search has shrunk would look drowned anyway.
+    clear = decrease * slope > slack(value)
     zero = jnp.zeros((), dtype)
     none = Found(zero, value, residual, jnp.int32(0), jnp.array(False))
     start = _Bracket(jnp.ones((), dtype), zero, slope, infinity, none, jnp.array(False))

@@ -1,6 +1,6 @@
 """Minimal residuals for symmetric systems."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp

@@ -305,7 +305,7 @@ def _single_precision(checklist: Checklist, subject: _Subject) -> None:
         return
     budget = Budget(
         iterations=subject.budget.iterations,
-        rtol=max(float(subject.budget.rtol), default_tolerance(x0)),
+        rtol=max(float(subject.budget.rtol), 5 * default_tolerance(x0)),
     )
     solved = solve(problem, theta, x0, solver=solver, budget=budget)
     advice = (

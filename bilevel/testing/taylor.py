@@ -101,7 +101,7 @@ def taylor_test(
     for step in steps:
         moved = function(with_inexact(point, vector.add_scaled(moving, step, direction)))
         remainders.append(_remainder(moved, value, slope, step))
-    tail = max(remainders[-3:], default=0.0)
+    tail = max(remainders[-3:]) if len(remainders) >= 2 * 3 else 0.0
     rounding = ROUNDING * _epsilon(value) * max(flat_norm(value), flat_norm(slope))
     order = _order(np.asarray(steps), np.asarray(remainders), rounding + noise, tail)
     return TaylorResult(order, tuple(remainders), tuple(float(step) for step in steps))
