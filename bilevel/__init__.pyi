@@ -1,4 +1,4 @@
-"""The public names of bilevel, one line each; `__init__.py` imports them when they are used."""
+# The public names of bilevel, one line each; `__init__.py` imports them when they are used.
 
 from .budget import Budget as Budget
 from .composite import CompositeMinimization as CompositeMinimization
@@ -38,9 +38,9 @@ from .problem import InnerProblem as InnerProblem
 from .problem import LinearSystem as LinearSystem
 from .problem import Minimization as Minimization
 from .problem import RootFinding as RootFinding
+from .proximal import L1 as L1
 from .proximal import Box as Box
 from .proximal import ElasticNet as ElasticNet
-from .proximal import L1 as L1
 from .proximal import NonNegative as NonNegative
 from .proximal import ProximalOperator as ProximalOperator
 from .refinement.controller import Controller as Controller

@@ -64,9 +64,7 @@ class Classes:
 
     def __eq__(self, other: object) -> bool:
         return (
-            isinstance(other, Classes)
-            and self.kinds == other.kinds
-            and same(self.held, other.held)
+            isinstance(other, Classes) and self.kinds == other.kinds and same(self.held, other.held)
         )
 
     def __hash__(self) -> int:

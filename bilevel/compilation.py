@@ -45,9 +45,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         leaves, treedef = jax.tree.flatten((args, kwargs))
         static = tuple(
-            _SLOT
-            if _is_traced_leaf(leaf)
-            else (Captured(leaf) if _may_hold(leaf) else leaf)
+            _SLOT if _is_traced_leaf(leaf) else (Captured(leaf) if _may_hold(leaf) else leaf)
             for leaf in leaves
         )
         classes = Classes((args, kwargs))

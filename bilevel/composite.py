@@ -48,7 +48,8 @@ class CompositeMinimization(InnerProblem):
     >>> import jax, jax.numpy as jnp, bilevel as bl
     >>> lasso = bl.CompositeMinimization(
     ...     lambda x, theta: 0.5 * jnp.sum((x - jnp.array([3.0, 0.5])) ** 2),
-    ...     bl.L1(lambda theta: theta))
+    ...     bl.L1(lambda theta: theta),
+    ... )
     >>> solution = bl.solve(lasso, 1.0, jnp.zeros(2))
     >>> [round(float(v), 4) for v in solution.value]
     [2.0, 0.0]
@@ -190,7 +191,8 @@ class SupportEquation(InnerProblem):
         arrays, static = eqx.partition(functions, eqx.is_array)
 
         def plain(arrays: Any, x: PyTree) -> PyTree:
-            return _Support(*eqx.combine(arrays, static), x).residual(coupled=coupled)
+            gradient, proximal, step = eqx.combine(arrays, static)
+            return _Support(gradient, proximal, step, x).residual(coupled=coupled)
 
         # The derivative in x is exact at the solution and symmetric everywhere; what it
         # leaves out is of the order of the residual, and a third derivative.
@@ -203,7 +205,8 @@ class SupportEquation(InnerProblem):
             arrays_dot, x_dot = tangents
             tangent = vector.zeros_like(x)
             if perturbed(x_dot):
-                support = _Support(*eqx.combine(arrays, static), x)
+                gradient, proximal, step = eqx.combine(arrays, static)
+                support = _Support(gradient, proximal, step, x)
                 tangent = vector.negative(support.operator(instantiate(x_dot)))
             if perturbed(arrays_dot):
                 change = along(lambda arrays: plain(arrays, x), arrays, arrays_dot)

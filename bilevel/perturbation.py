@@ -44,9 +44,7 @@ def along(function: Callable[[Any], Any], inputs: PyTree, tangents: PyTree) -> P
             merged[index] = part
         return function(jax.tree.unflatten(treedef, merged))
 
-    _, tangent = jax.jvp(
-        moved, ([leaves[i] for i in moving],), ([directions[i] for i in moving],)
-    )
+    _, tangent = jax.jvp(moved, ([leaves[i] for i in moving],), ([directions[i] for i in moving],))
     return tangent
 
 
@@ -63,6 +61,7 @@ def with_derivative_of(value: PyTree, moved: PyTree, trust: Array) -> PyTree:
 
 @with_derivative_of.defjvp
 def _with_derivative_of_jvp(primals: Any, tangents: Any) -> Any:
-    value, _, trust = primals
+    _, _, trust = primals
     _, direction, _ = tangents
-    return value, vector.scale(trust, direction)
+    # Applied anew, so that a second derivative sees how the value moves.
+    return with_derivative_of(*primals), vector.scale(trust, direction)

@@ -10,6 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 
@@ -22,6 +23,7 @@ class ProximalOperator(eqx.Module):
     >>> import jax.numpy as jnp, bilevel as bl
     >>> class HalfSquare(bl.ProximalOperator):
     ...     separable = True
+    ...
     ...     def __call__(self, z, step, theta):
     ...         return z / (1 + step)
     >>> problem = bl.CompositeMinimization(lambda x, theta: 0.5 * (x - theta) ** 2, HalfSquare())
@@ -296,7 +298,7 @@ def _not_negative(owner: str, name: str, given: Any) -> None:
     if callable(given):
         return
     for leaf in jax.tree.leaves(given):
-        if isinstance(leaf, jax.core.Tracer):
+        if isinstance(leaf, Tracer):
             continue
         smallest = float(jnp.min(jnp.asarray(leaf)))
         if smallest < 0:

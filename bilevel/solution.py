@@ -116,8 +116,9 @@ class Solution(eqx.Module):
 
     >>> import jax.numpy as jnp, bilevel as bl
     >>> problem = bl.FixedPoint(lambda x, theta: 0.5 * x + theta)
-    >>> solution = bl.solve(problem, 1.0, 0.0, solver=bl.FixedPointIteration(),
-    ...                     budget=bl.Budget(iterations=8))
+    >>> solution = bl.solve(
+    ...     problem, 1.0, 0.0, solver=bl.FixedPointIteration(), budget=bl.Budget(iterations=8)
+    ... )
     >>> int(solution.iterations), float(solution.rate), float(solution.residual_norm)
     (8, 0.5, 0.00390625)
     >>> solution.diagnosis.split(".")[0]

@@ -84,8 +84,9 @@ class ErrorEstimator(eqx.Module):
     ...         infinite = jnp.float32(jnp.inf)
     ...         return bl.TruncationError(infinite, infinite, infinite, jnp.int32(0))
     >>> problem = bl.LinearSystem(jnp.eye(1), lambda theta: theta * jnp.ones(1))
-    >>> result = bl.hypergradient(lambda x, theta: jnp.sum(x), problem, 1.0, jnp.zeros(1),
-    ...                           error=Unknown())
+    >>> result = bl.hypergradient(
+    ...     lambda x, theta: jnp.sum(x), problem, 1.0, jnp.zeros(1), error=Unknown()
+    ... )
     >>> float(result.error.total)
     inf
     """

@@ -37,9 +37,15 @@ class CertifiedBound(ErrorEstimator):
     >>> import jax.numpy as jnp, bilevel as bl
     >>> problem = bl.Minimization(lambda x, theta: jnp.sum((x - theta) ** 2))
     >>> bound = CertifiedBound(strong_convexity=2.0, outer_lipschitz=2.0, cross_norm=2.0)
-    >>> result = bl.hypergradient(lambda x, theta: jnp.sum(x**2), problem, jnp.ones(1),
-    ...                           jnp.zeros(1), solver=bl.GradientDescent(step_size=0.25),
-    ...                           budget=bl.Budget(iterations=2), error=bound)
+    >>> result = bl.hypergradient(
+    ...     lambda x, theta: jnp.sum(x**2),
+    ...     problem,
+    ...     jnp.ones(1),
+    ...     jnp.zeros(1),
+    ...     solver=bl.GradientDescent(step_size=0.25),
+    ...     budget=bl.Budget(iterations=2),
+    ...     error=bound,
+    ... )
     >>> round(float(result.error.total), 3)  # the gradient is 1.5 instead of 2
     0.5
     """

@@ -37,9 +37,15 @@ class ResidualCorrection(ErrorEstimator):
 
     >>> import jax.numpy as jnp, bilevel as bl
     >>> problem = bl.Minimization(lambda x, theta: jnp.sum(jnp.cosh(x - theta)))
-    >>> result = bl.hypergradient(lambda x, theta: jnp.sum(x**2), problem, jnp.ones(1),
-    ...                           jnp.zeros(1), solver=bl.GradientDescent(step_size=0.5),
-    ...                           budget=bl.Budget(iterations=6), error=ResidualCorrection())
+    >>> result = bl.hypergradient(
+    ...     lambda x, theta: jnp.sum(x**2),
+    ...     problem,
+    ...     jnp.ones(1),
+    ...     jnp.zeros(1),
+    ...     solver=bl.GradientDescent(step_size=0.5),
+    ...     budget=bl.Budget(iterations=6),
+    ...     error=ResidualCorrection(),
+    ... )
     >>> round(float(abs(result.gradient[0] - 2)), 3), round(float(result.error.total), 3)
     (0.025, 0.025)
     """

@@ -139,8 +139,7 @@ def _products(rows: PyTree, others: PyTree) -> Array:
         return (flat.conj() @ other).real
 
     parts = [
-        product(a, b)
-        for a, b in zip(jax.tree.leaves(rows), jax.tree.leaves(others), strict=True)
+        product(a, b) for a, b in zip(jax.tree.leaves(rows), jax.tree.leaves(others), strict=True)
     ]
     dtype = vector.real_dtype(rows)
     return sum((part.astype(dtype) for part in parts[1:]), parts[0].astype(dtype))

@@ -15,7 +15,6 @@ from bilevel.solver.lanczos import extreme_eigenvalues
 from bilevel.solver.parameter import number, positive, whole
 from bilevel.solver.preconditioning import precondition, prepare_preconditioner
 
-
 CAUTION = 4.0
 """How far below the smallest Ritz value the lower end may be put."""
 
@@ -109,7 +108,9 @@ class Chebyshev(InnerSolver):
             status=jnp.where(broken, jnp.int32(Status.BREAKDOWN), jnp.int32(Status.CONVERGED)),
         )
 
-    def step(self, problem: BoundProblem, state: ChebyshevState, residual: PyTree) -> ChebyshevState:
+    def step(
+        self, problem: BoundProblem, state: ChebyshevState, residual: PyTree
+    ) -> ChebyshevState:
         """The three-term recursion: part of the last displacement, and a Richardson step."""
         # Before the first step the weight is 0, which gives 1; the second starts from 2.
         weight = 1.0 / (1.0 - state.spread * state.weight / 4)

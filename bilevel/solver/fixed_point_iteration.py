@@ -22,8 +22,9 @@ class FixedPointIteration(InnerSolver):
 
     >>> import bilevel as bl
     >>> problem = bl.FixedPoint(lambda x, theta: 0.5 * x + theta)
-    >>> solution = bl.solve(problem, 1.0, 0.0, solver=bl.FixedPointIteration(),
-    ...                     budget=bl.Budget(iterations=2))
+    >>> solution = bl.solve(
+    ...     problem, 1.0, 0.0, solver=bl.FixedPointIteration(), budget=bl.Budget(iterations=2)
+    ... )
     >>> float(solution.value)
     1.5
     """

@@ -63,9 +63,15 @@ class LBFGS(FirstOrderSolver):
 
     >>> import jax.numpy as jnp, bilevel as bl
     >>> problem = bl.Minimization(  # Rosenbrock's valley
-    ...     lambda x, theta: (theta - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2)
-    >>> solution = bl.solve(problem, 1.0, jnp.array([-1.2, 1.0]), solver=bl.LBFGS(),
-    ...                     budget=bl.Budget(iterations=100, rtol=1e-5))
+    ...     lambda x, theta: (theta - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
+    ... )
+    >>> solution = bl.solve(
+    ...     problem,
+    ...     1.0,
+    ...     jnp.array([-1.2, 1.0]),
+    ...     solver=bl.LBFGS(),
+    ...     budget=bl.Budget(iterations=100, rtol=1e-5),
+    ... )
     >>> [round(float(v), 3) for v in solution.value], int(solution.iterations) < 50
     ([1.0, 1.0], True)
     """
@@ -172,9 +178,7 @@ class LBFGS(FirstOrderSolver):
             steps=_put(state.steps, slot, difference, keep),
             changes=_put(state.changes, slot, change, keep),
             inverses=jnp.where(dropped, jnp.zeros_like(inverses), inverses),
-            scale=jnp.where(
-                keep, positive_product / jnp.where(curved, square, 1.0), state.scale
-            ),
+            scale=jnp.where(keep, positive_product / jnp.where(curved, square, 1.0), state.scale),
             pairs=jnp.where(dropped, 0, state.pairs + keep.astype(jnp.int32)),
             first_length=state.first_length,
             first_norm=state.first_norm,

@@ -65,9 +65,7 @@ class Nesterov(FirstOrderSolver):
         if self.strong_convexity is not None:
             positive("Nesterov", "strong_convexity", self.strong_convexity)
         given = [
-            name
-            for name in ("momentum", "strong_convexity")
-            if getattr(self, name) is not None
+            name for name in ("momentum", "strong_convexity") if getattr(self, name) is not None
         ]
         if len(given) == 2:
             msg = (
@@ -77,7 +75,7 @@ class Nesterov(FirstOrderSolver):
             raise ValueError(msg)
         if self.restart and given:
             msg = (
-                f"Nesterov: restart=True starts the sequence (k - 1) / (k + 2) anew, and {given[0]} "
+                f"Nesterov: restart=True starts the sequence (k - 1)/(k + 2) anew, and {given[0]} "
                 "replaces that by a constant. Leave one of the two out."
             )
             raise ValueError(msg)

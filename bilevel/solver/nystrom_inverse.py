@@ -36,7 +36,9 @@ class NystromInverse(InnerSolver):
 
     >>> import jax.numpy as jnp, bilevel as bl
     >>> problem = bl.LinearSystem(jnp.diag(jnp.array([1.0, 2.0])), jnp.ones(2))
-    >>> solution = bl.solve(problem, None, jnp.zeros(2), solver=NystromInverse(rank=2, damping=1e-3))
+    >>> solution = bl.solve(
+    ...     problem, None, jnp.zeros(2), solver=NystromInverse(rank=2, damping=1e-3)
+    ... )
     >>> [round(float(v), 2) for v in solution.value]
     [1.0, 0.5]
     """

@@ -66,7 +66,8 @@ class ProximalGradient(InnerSolver):
 
     >>> import jax.numpy as jnp, bilevel as bl
     >>> lasso = bl.CompositeMinimization(
-    ...     lambda x, theta: 0.5 * jnp.sum((x - jnp.array([3.0, 0.5])) ** 2), bl.L1(1.0))
+    ...     lambda x, theta: 0.5 * jnp.sum((x - jnp.array([3.0, 0.5])) ** 2), bl.L1(1.0)
+    ... )
     >>> solution = bl.solve(lasso, None, jnp.zeros(2), solver=bl.ProximalGradient())
     >>> [round(float(v), 4) for v in solution.value]
     [2.0, 0.0]

@@ -36,8 +36,9 @@ class SteepestDescent(InnerSolver):
 
     >>> import jax.numpy as jnp, bilevel as bl
     >>> problem = bl.LinearSystem(jnp.diag(jnp.array([1.0, 3.0])), jnp.ones(2))
-    >>> solution = bl.solve(problem, None, jnp.zeros(2), solver=bl.SteepestDescent(),
-    ...                     budget=bl.Budget(iterations=1))
+    >>> solution = bl.solve(
+    ...     problem, None, jnp.zeros(2), solver=bl.SteepestDescent(), budget=bl.Budget(iterations=1)
+    ... )
     >>> [float(v) for v in solution.value]
     [0.5, 0.5]
     """

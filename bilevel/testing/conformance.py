@@ -15,7 +15,9 @@ class ConformanceError(AssertionError):
     - `expected`, `got`: in words, with the numbers.
     - `advice`: what to do next.
 
-    >>> error = ConformanceError("MySolver", "budget respected", "1 iteration", "2", "Look at step.")
+    >>> error = ConformanceError(
+    ...     "MySolver", "budget respected", "1 iteration", "2", "Look at step."
+    ... )
     >>> print(error)
     MySolver: 'budget respected' does not hold. Expected 1 iteration, got 2. Look at step.
     """
@@ -57,7 +59,9 @@ class Checklist:
         """**Raises:** `ConformanceError` unless structure, shapes and dtypes agree."""
         first, second = jax.tree.structure(expected), jax.tree.structure(got)
         self.require(name, first == second, f"the structure {first}", second, advice)
-        pairs = zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(got), strict=True)
+        pairs = zip(
+            jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(got), strict=True
+        )
         for (path, leaf), value in pairs:
             where = jax.tree_util.keystr(path) or "the only leaf"
             shapes = (np.shape(leaf), np.shape(value))
@@ -106,6 +110,6 @@ def flat_norm(x: PyTree) -> float:
     return largest * float(np.sqrt(sum(float(np.sum(np.abs(v / largest) ** 2)) for v in leaves)))
 
 
-def wide(leaf: Any) -> type[np.generic]:
+def wide(leaf: Any) -> Any:
     """The double-precision dtype of a leaf's kind."""
     return np.complex128 if np.iscomplexobj(leaf) else np.float64

@@ -82,9 +82,7 @@ class _Subject:
             value = self.value(moving, x0, budget, adjoint, probe)
             return value * jnp.asarray(scale, value.dtype)
 
-        value, (gradient, probe) = jax.value_and_grad(scaled, argnums=(0, 1))(
-            moving, Probe.zeros()
-        )
+        value, (gradient, probe) = jax.value_and_grad(scaled, argnums=(0, 1))(moving, Probe.zeros())
         return value, gradient, probe
 
 
@@ -266,7 +264,7 @@ def _check_gradient(
         np.isfinite(size),
         "a finite gradient",
         size,
-        "Look at the status of the primal and adjoint solves; give larger budgets or another solver.",
+        "Look at the status of both solves; give larger budgets or another solver.",
     )
     checklist.hold(name)
     if known is not None:
@@ -371,9 +369,7 @@ def _scale(
     checklist.hold(name)
 
 
-def _no_adjoint(
-    checklist: Checklist, subject: _Subject, gradient: PyTree, report: Probe
-) -> None:
+def _no_adjoint(checklist: Checklist, subject: _Subject, gradient: PyTree, report: Probe) -> None:
     if flat_norm(gradient) == 0 or int(report.adjoint_iterations) == 0:
         return
     name = "no adjoint budget"
@@ -421,9 +417,7 @@ class _Captured(InnerProblem):
         return self.bind()
 
 
-def _captured(
-    checklist: Checklist, subject: _Subject, gradient: PyTree, tolerance: float
-) -> None:
+def _captured(checklist: Checklist, subject: _Subject, gradient: PyTree, tolerance: float) -> None:
     def loss(moving: Any) -> Array:
         theta = with_inexact(subject.theta, moving)
         captured = _Captured(lambda: subject.problem.at(theta))

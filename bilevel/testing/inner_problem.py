@@ -306,16 +306,18 @@ def _ritz_values(operator: LinearOperator, x: PyTree, product: Any) -> tuple[flo
     return float(values[0]), float(values[-1])
 
 
-def _equal(
-    checklist: Checklist, name: str, expected: PyTree, got: PyTree, advice: str
-) -> None:
+def _equal(checklist: Checklist, name: str, expected: PyTree, got: PyTree, advice: str) -> None:
     checklist.require_like(name, expected, got, advice)
     error = flat_norm(
         [np.asarray(b, wide(b)) - np.asarray(a, wide(a)) for a, b in _pairs(expected, got)]
     )
     allowed = rounding(expected) * max(flat_norm(expected), flat_norm(got))
     checklist.require(
-        name, error <= allowed, f"equal values to {allowed:.1e}", f"a difference of {error:.1e}", advice
+        name,
+        error <= allowed,
+        f"equal values to {allowed:.1e}",
+        f"a difference of {error:.1e}",
+        advice,
     )
     checklist.hold(name)
 

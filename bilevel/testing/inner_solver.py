@@ -213,8 +213,8 @@ def _budgets(checklist: Checklist, subject: _Subject) -> None:
         reported = float(solved.residual_norm)
         checklist.require(
             "residual reported is true",
-            abs(true_norm - reported) <= rounding(subject.x0) * max(true_norm, reported)
-            + _noise(subject, solved),
+            abs(true_norm - reported)
+            <= rounding(subject.x0) * max(true_norm, reported) + _noise(subject, solved),
             f"the problem's residual norm at the value, {true_norm:.6g}, after {count} iterations",
             f"{reported:.6g}",
             "Let residual(problem, state) be the problem's at point(state), or declare "

@@ -64,7 +64,9 @@ def stays_single(problem: InnerProblem, theta: PyTree, x0: PyTree) -> bool:
 
 def all_nan(tree: PyTree) -> PyTree:
     """The tree with NaN in all inexact leaves."""
-    return with_inexact(tree, jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), inexact(tree)))
+    return with_inexact(
+        tree, jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), inexact(tree))
+    )
 
 
 def stack(trees: list[PyTree]) -> PyTree:
@@ -90,9 +92,10 @@ def _contraction(x: Any, theta: Any) -> Any:
 
 
 def _convex(x: Any, theta: Any) -> Any:
-    return jnp.sum(0.05 * x**4 + 0.5 * (1.0 + theta**2) * x**2 - theta * x) + vector.dot(
-        jnp.diff(x), jnp.diff(x)
-    ) / 8
+    return (
+        jnp.sum(0.05 * x**4 + 0.5 * (1.0 + theta**2) * x**2 - theta * x)
+        + vector.dot(jnp.diff(x), jnp.diff(x)) / 8
+    )
 
 
 def _matrix(theta: Any) -> Any:
