@@ -75,8 +75,8 @@ class Nesterov(FirstOrderSolver):
             raise ValueError(msg)
         if self.restart and given:
             msg = (
-                f"Nesterov: restart=True starts the sequence (k - 1)/(k + 2) anew, and {given[0]} "
-                "replaces that by a constant. Leave one of the two out."
+                f"Nesterov: restart=True starts the sequence (k - 1)/(k + 2) anew, and "
+                f"{given[0]} replaces that by a constant. Leave one of the two out."
             )
             raise ValueError(msg)
 

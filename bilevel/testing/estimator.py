@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from bilevel import vector
-from bilevel.bound import BoundProblem
 from bilevel.budget import Budget
 from bilevel.estimator.base import Estimator
 from bilevel.inner_solve import as_vector, solve
@@ -19,6 +18,7 @@ from bilevel.probe import Probe
 from bilevel.problem import InnerProblem, as_inner_problem
 from bilevel.solver.base import InnerSolver, default_tolerance
 from bilevel.solver.default import default_solver
+from bilevel.testing.captured_problem import CapturedProblem
 from bilevel.testing.conformance import Checklist, flat_norm, relative_error
 from bilevel.testing.counting import CountedProblem, TraceCounter
 from bilevel.testing.inner_problem import bilinear, depends_on_theta, number, rounding
@@ -404,23 +404,10 @@ def _vmapped(checklist: Checklist, subject: _Subject, compiled: Any, tolerance: 
     checklist.hold("same under vmap")
 
 
-class _Captured(InnerProblem):
-    """A problem whose functions hold θ, and ignore the one they are passed."""
-
-    bind: Callable[[], BoundProblem]
-
-    def residual(self, x: PyTree, theta: PyTree) -> Any:
-        return vector.negative(self.at(theta).residual(x))
-
-    def at(self, theta: PyTree) -> BoundProblem:
-        del theta
-        return self.bind()
-
-
 def _captured(checklist: Checklist, subject: _Subject, gradient: PyTree, tolerance: float) -> None:
     def loss(moving: Any) -> Array:
         theta = with_inexact(subject.theta, moving)
-        captured = _Captured(lambda: subject.problem.at(theta))
+        captured = CapturedProblem(lambda: subject.problem.at(theta))
         other = dataclasses.replace(subject, problem=captured, theta=None)
         solution = solve(
             other.problem,

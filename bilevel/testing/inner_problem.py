@@ -294,7 +294,7 @@ def _ritz_values(operator: LinearOperator, x: PyTree, product: Any) -> tuple[flo
         before = flat_norm(v)
         for _ in range(2):  # once is not orthogonal to rounding
             for b in basis:
-                v = jax.tree.map(lambda p, q, c=product(b, v): p - (c * q).astype(p.dtype), v, b)
+                v = _without(v, b, product(b, v))
         length = flat_norm(v)
         if length <= 1e3 * vector.epsilon(x) * before or not np.isfinite(length):
             break
@@ -320,6 +320,10 @@ def _equal(checklist: Checklist, name: str, expected: PyTree, got: PyTree, advic
         advice,
     )
     checklist.hold(name)
+
+
+def _without(v: PyTree, b: PyTree, share: complex) -> PyTree:
+    return jax.tree.map(lambda p, q: p - (share * q).astype(p.dtype), v, b)
 
 
 def _pairs(first: PyTree, second: PyTree) -> Any:

@@ -229,7 +229,7 @@ def _budgets(checklist: Checklist, subject: _Subject) -> None:
         subject.counter.count == traces,
         "no trace after the first budget",
         f"{subject.counter.count - traces} more",
-        "Make the solver hashable and equal to itself: no fresh functions or objects in its fields.",
+        "Make the solver hashable and equal to itself: no fresh functions in its fields.",
     )
     checklist.hold("one compile for all budgets")
 
