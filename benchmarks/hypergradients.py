@@ -38,10 +38,16 @@ def by_library(
     problem: AnyProblem,
     inner: bl.InnerProblem,
     solver: bl.InnerSolver | None = None,
-    steps: int | None = None,
+    budget: bl.Budget | None = None,
+    adjoint_solver: bl.InnerSolver | None = None,
+    adjoint_budget: bl.Budget | None = None,
 ) -> Hypergradient:
-    """The implicit hypergradient, `steps` iterations each way; by default nothing is given."""
-    budget = None if steps is None else bl.Budget(iterations=steps)
+    """The implicit hypergradient; by default nothing is given.
+
+    The adjoint has the primal's solver and budget where it is given none of its own.
+    """
+    linear = solver if adjoint_solver is None else adjoint_solver
+    backward = budget if adjoint_budget is None else adjoint_budget
 
     def loss(theta: Array) -> Array:
         solution = bl.solve(
@@ -49,9 +55,9 @@ def by_library(
             theta,
             problem.start,
             solver=solver,
-            estimator=bl.Implicit(solver=solver),
+            estimator=bl.Implicit(solver=linear),
             budget=budget,
-            adjoint_budget=budget,
+            adjoint_budget=backward,
         )
         return problem.outer_loss(solution.value, theta)
 
@@ -121,8 +127,8 @@ def _fresh(make: Callable[[], Hypergradient], theta: Array) -> Callable[[], Call
 
 
 def races(quick: bool) -> list[Race]:
-    """Ridge by CG, Poisson control by Jacobi and by CG, 100 iterations each way."""
-    steps = 100
+    """Ridge by CG, Poisson control by CG and Jacobi, logistic regression by descent and CG."""
+    steps, budget = 100, bl.Budget(iterations=100)
     ridge = problems.ridge(400, 100) if quick else problems.ridge()
     poisson = problems.poisson_control(32 if quick else 64)
     cg, jacobi = bl.ConjugateGradient(), bl.Jacobi()
@@ -132,7 +138,7 @@ def races(quick: bool) -> list[Race]:
             ridge,
             {
                 "by hand": partial(handwritten.ridge_conjugate_gradients, ridge, steps, steps),
-                "library": partial(by_library, ridge, normal_equations(ridge), cg, steps),
+                "library": partial(by_library, ridge, normal_equations(ridge), cg, budget),
                 **peers.conjugate_gradients(ridge, steps, steps),
             },
         )
@@ -146,7 +152,7 @@ def races(quick: bool) -> list[Race]:
             poisson,
             {
                 "by hand": partial(by_hand, "cg", steps, steps),
-                "library": partial(by_library, poisson, control, cg, steps),
+                "library": partial(by_library, poisson, control, cg, budget),
                 **peers.conjugate_gradients(poisson, steps, steps),
             },
         )
@@ -159,7 +165,31 @@ def races(quick: bool) -> list[Race]:
             {
                 "by hand": partial(by_hand, "jacobi", steps, steps),
                 "by hand, with a test": partial(by_hand, "tested jacobi", steps, steps),
-                "library": partial(by_library, poisson, control, jacobi, steps),
+                "library": partial(by_library, poisson, control, jacobi, budget),
+            },
+            claimed=False,
+        )
+    )
+    logistic = problems.logistic(1000, 50) if quick else problems.logistic()
+    step_size = 1.0 / logistic.lipschitz
+    found.append(
+        Race(
+            f"logistic {logistic.design.shape[0]}×{logistic.design.shape[1]}, "
+            "descent + CG, K = 100, M = 20",
+            logistic,
+            {
+                "by hand": partial(
+                    handwritten.descent_with_conjugate_gradients, logistic, step_size, steps, 20
+                ),
+                "library": partial(
+                    by_library,
+                    logistic,
+                    inner_problem(logistic),
+                    bl.GradientDescent(step_size=step_size),
+                    budget,
+                    cg,
+                    bl.Budget(iterations=20),
+                ),
             },
             claimed=False,
         )

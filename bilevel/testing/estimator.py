@@ -15,7 +15,7 @@ from bilevel.budget import Budget
 from bilevel.estimator.base import Estimator
 from bilevel.inner_solve import as_vector, solve
 from bilevel.probe import Probe
-from bilevel.problem import InnerProblem, as_inner_problem
+from bilevel.problem import as_inner_problem
 from bilevel.solver.base import InnerSolver, default_tolerance
 from bilevel.solver.default import default_solver
 from bilevel.testing.captured_problem import CapturedProblem
@@ -31,59 +31,11 @@ from bilevel.testing.sample import (
     stays_single,
     with_inexact,
 )
+from bilevel.testing.subject import Subject
 from bilevel.testing.taylor import taylor_test
 
 SCALE = 2.0**-30
 """Factor on the outer loss, about 1e-9, exact in binary: the gradient must follow it exactly."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Subject:
-    """What is checked, with the functions that all checks share."""
-
-    estimator: Estimator
-    problem: InnerProblem
-    counter: TraceCounter
-    solver: InnerSolver
-    theta: PyTree
-    x0: PyTree
-    budget: Budget
-    adjoint_budget: Budget | None
-    loss: Callable[[Any, Any], Array]
-
-    def value(
-        self,
-        moving: PyTree,
-        x0: PyTree,
-        budget: Budget,
-        adjoint_budget: Budget | None,
-        probe: Probe | None = None,
-    ) -> Array:
-        """The outer loss as a function of the inexact leaves of θ."""
-        theta = with_inexact(self.theta, moving)
-        solution = solve(
-            self.problem,
-            theta,
-            x0,
-            solver=self.solver,
-            estimator=self.estimator,
-            budget=budget,
-            adjoint_budget=adjoint_budget,
-            probe=probe,
-        )
-        return self.loss(solution.value, theta)
-
-    def gradient(
-        self, moving: PyTree, x0: PyTree, budget: Budget, adjoint: Budget | None, scale: Any = 1.0
-    ) -> tuple[Array, PyTree, Probe]:
-        """(loss, gradient, report), in reverse mode."""
-
-        def scaled(moving: Any, probe: Any) -> Array:
-            value = self.value(moving, x0, budget, adjoint, probe)
-            return value * jnp.asarray(scale, value.dtype)
-
-        value, (gradient, probe) = jax.value_and_grad(scaled, argnums=(0, 1))(moving, Probe.zeros())
-        return value, gradient, probe
 
 
 def check_estimator(
@@ -151,7 +103,7 @@ def check_estimator(
     x0 = as_vector("x0", x0)
     chosen = default_solver(problem.at(theta), x0) if solver is None else solver
     counter = TraceCounter()
-    subject = _Subject(
+    subject = Subject(
         estimator=estimator,
         problem=CountedProblem(problem, counter),
         counter=counter,
@@ -183,7 +135,7 @@ def _default_loss(x: Any, theta: Any) -> Array:
     return jnp.sum(jnp.stack(terms))
 
 
-def _has_reverse_mode(subject: _Subject) -> bool:
+def _has_reverse_mode(subject: Subject) -> bool:
     try:
         jax.eval_shape(
             lambda m: subject.gradient(m, subject.x0, subject.budget, subject.adjoint_budget)[1],
@@ -196,7 +148,7 @@ def _has_reverse_mode(subject: _Subject) -> bool:
     return True
 
 
-def _loss(subject: _Subject) -> Callable[[Any], Array]:
+def _loss(subject: Subject) -> Callable[[Any], Array]:
     def loss(moving: Any) -> Array:
         return subject.value(moving, subject.x0, subject.budget, subject.adjoint_budget)
 
@@ -204,7 +156,7 @@ def _loss(subject: _Subject) -> Callable[[Any], Array]:
 
 
 def _check_forward(
-    checklist: Checklist, subject: _Subject, known: PyTree, *, exact: bool, tolerance: float
+    checklist: Checklist, subject: Subject, known: PyTree, *, exact: bool, tolerance: float
 ) -> None:
     moving = inexact(subject.theta)
     derivative = jax.jit(jax.jacfwd(_loss(subject)))(moving)
@@ -212,7 +164,7 @@ def _check_forward(
 
 
 def _check_reverse(
-    checklist: Checklist, subject: _Subject, known: PyTree, *, exact: bool, tolerance: float
+    checklist: Checklist, subject: Subject, known: PyTree, *, exact: bool, tolerance: float
 ) -> None:
     moving, adjoint_budget = inexact(subject.theta), subject.adjoint_budget
     budget = Budget(subject.budget.iterations, subject.budget.rtol, subject.budget.atol)
@@ -248,7 +200,7 @@ def _check_reverse(
 
 def _check_gradient(
     checklist: Checklist,
-    subject: _Subject,
+    subject: Subject,
     gradient: PyTree,
     known: PyTree,
     *,
@@ -291,7 +243,7 @@ def _check_gradient(
         checklist.hold("derivative of the loss")
 
 
-def _duality(checklist: Checklist, subject: _Subject, gradient: PyTree, tolerance: float) -> None:
+def _duality(checklist: Checklist, subject: Subject, gradient: PyTree, tolerance: float) -> None:
     name = "forward mode is the transpose of reverse mode"
     moving = inexact(subject.theta)
     direction = random_like(moving, seed=2)
@@ -312,7 +264,7 @@ def _duality(checklist: Checklist, subject: _Subject, gradient: PyTree, toleranc
     checklist.hold(name)
 
 
-def _report(checklist: Checklist, subject: _Subject, report: Probe) -> None:
+def _report(checklist: Checklist, subject: Subject, report: Probe) -> None:
     solution = solve(
         subject.problem,
         subject.theta,
@@ -335,7 +287,7 @@ def _report(checklist: Checklist, subject: _Subject, report: Probe) -> None:
     checklist.hold("report")
 
 
-def _budgets(checklist: Checklist, subject: _Subject, compiled: Any) -> None:
+def _budgets(checklist: Checklist, subject: Subject, compiled: Any) -> None:
     before = subject.counter.count
     moving = inexact(subject.theta)
     for cap in (1, 3):
@@ -369,7 +321,7 @@ def _scale(
     checklist.hold(name)
 
 
-def _no_adjoint(checklist: Checklist, subject: _Subject, gradient: PyTree, report: Probe) -> None:
+def _no_adjoint(checklist: Checklist, subject: Subject, gradient: PyTree, report: Probe) -> None:
     if flat_norm(gradient) == 0 or int(report.adjoint_iterations) == 0:
         return
     name = "no adjoint budget"
@@ -386,7 +338,7 @@ def _no_adjoint(checklist: Checklist, subject: _Subject, gradient: PyTree, repor
     checklist.hold(name)
 
 
-def _vmapped(checklist: Checklist, subject: _Subject, compiled: Any, tolerance: float) -> None:
+def _vmapped(checklist: Checklist, subject: Subject, compiled: Any, tolerance: float) -> None:
     moving = inexact(subject.theta)
     moved = jax.tree.map(lambda leaf: 0.97 * leaf, moving)
 
@@ -404,7 +356,7 @@ def _vmapped(checklist: Checklist, subject: _Subject, compiled: Any, tolerance: 
     checklist.hold("same under vmap")
 
 
-def _captured(checklist: Checklist, subject: _Subject, gradient: PyTree, tolerance: float) -> None:
+def _captured(checklist: Checklist, subject: Subject, gradient: PyTree, tolerance: float) -> None:
     def loss(moving: Any) -> Array:
         theta = with_inexact(subject.theta, moving)
         captured = CapturedProblem(lambda: subject.problem.at(theta))
@@ -429,7 +381,7 @@ def _captured(checklist: Checklist, subject: _Subject, gradient: PyTree, toleran
     checklist.hold("captured theta")
 
 
-def _single_precision(checklist: Checklist, subject: _Subject) -> None:
+def _single_precision(checklist: Checklist, subject: Subject) -> None:
     parts = (subject.solver, subject.estimator, subject.problem, subject.theta, subject.x0)
     solver, estimator, problem, theta, x0 = single_precision(parts)
     name = "float32 stays float32"
