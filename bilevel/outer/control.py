@@ -57,7 +57,7 @@ class Control:
         self._takes_first = measures_metric and requires == frozenset({"metric"})
         self._template = jax.eval_shape(controller.init)
         self._traceable = _is_traceable(controller, self._template)
-        self._step = Executable(self._controller_step)
+        self._step = Executable(self._controller_step, runs_briefly=True)
         self.state: PyTree = None
         self.fidelity: Fidelity
 

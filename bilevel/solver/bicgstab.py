@@ -18,10 +18,12 @@ NEGLIGIBLE = 16.0
 
 
 class BiCGStabState(eqx.Module):
-    """Iterate, recursive residual, direction, shadow residual, and their inner product.
+    """Iterate, recursive residual, direction and shadow residual.
 
-    `fresh` says that shadow and direction are the residual itself, as at the start; `scale`
-    is the largest ‖A v‖/‖v‖ met, which estimates the norm of the operator from below.
+    `rho` is the inner product of shadow and residual, `norm` and `shadow_norm` are their
+    norms, `scale` is the largest ‖A v‖/‖v‖ met, which estimates the norm of the operator
+    from below.  `fresh` says that shadow and direction are the residual itself, as at the
+    start.
     """
 
     x: PyTree
@@ -29,8 +31,10 @@ class BiCGStabState(eqx.Module):
     direction: PyTree
     shadow: PyTree
     rho: Inexact[Array, ""]
-    fresh: Bool[Array, ""]
+    norm: Float[Array, ""]
+    shadow_norm: Float[Array, ""]
     scale: Float[Array, ""]
+    fresh: Bool[Array, ""]
     status: Int[Array, ""]
 
 
@@ -69,14 +73,17 @@ class BiCGStab(InnerSolver):
     def init(self, problem: BoundProblem, x: PyTree) -> BiCGStabState:
         """Shadow and direction start as the residual."""
         residual = problem.residual(x)
+        norm = _norm(residual)
         return BiCGStabState(
             x=x,
             residual=residual,
             direction=residual,
             shadow=residual,
             rho=problem.inner_product(residual, residual),
+            norm=norm,
+            shadow_norm=norm,
+            scale=jnp.zeros_like(norm),
             fresh=jnp.asarray(True),
-            scale=jnp.zeros((), vector.real_dtype(residual)),
             status=jnp.int32(Status.CONVERGED),
         )
 
@@ -84,12 +91,14 @@ class BiCGStab(InnerSolver):
         """A step along the direction, and one that makes the residual smallest."""
         assert problem.operator is not None
         inner, matvec = problem.inner_product, problem.operator.matvec
+        level = NEGLIGIBLE * vector.epsilon(residual)
         preconditioned = precondition(problem, state.direction)
         image = matvec(preconditioned)
+        image_norm = _norm(image)
+        stretch = _quotient(image_norm, _norm(preconditioned))
         sigma = inner(state.shadow, image)
-        stretch = _ratio(image, preconditioned)
-        singular = stretch <= NEGLIGIBLE * vector.epsilon(residual) * state.scale
-        stuck = singular | _orthogonal(sigma, state.shadow, image)
+        singular = stretch <= level * state.scale
+        stuck = singular | _within(sigma, level * state.shadow_norm * image_norm)
         alpha = jnp.where(stuck, 0.0, state.rho / jnp.where(stuck, 1.0, sigma))
         x = vector.add_scaled(state.x, alpha, preconditioned)
         half = vector.add_scaled(residual, -alpha, image)
@@ -98,27 +107,32 @@ class BiCGStab(InnerSolver):
         second_image = matvec(preconditioned)
         square = vector.dot(second_image, second_image)
         product = inner(second_image, half)
-        skew = _orthogonal(product, second_image, half)
-        omega = jnp.where(skew, 0.0, product / jnp.where(skew, 1.0, square))
+        omega = _quotient(product, square)
         x = vector.add_scaled(x, omega, preconditioned)
-        half = vector.add_scaled(half, -omega, second_image)
+        after = vector.add_scaled(half, -omega, second_image)
+        after_square = vector.dot(after, after)
+        norm = jnp.sqrt(jax.lax.stop_gradient(after_square))
+        # Pythagoras: ‖half‖² is what is left of it and what the step took off.
+        taken = jax.lax.stop_gradient(jnp.abs(product) * _quotient(1.0, jnp.sqrt(square)))
+        half_norm = jnp.hypot(norm, taken)
+        skew = taken <= level * half_norm
 
-        rho = inner(state.shadow, half)
-        restarts = stuck | skew | _orthogonal(rho, state.shadow, half)
+        rho = inner(state.shadow, after)
+        restarts = stuck | skew | _within(rho, level * state.shadow_norm * norm)
         growth = rho / jnp.where(restarts, 1.0, state.rho)
         beta = jnp.where(restarts, 0.0, growth * alpha / jnp.where(restarts, 1.0, omega))
         direction = vector.add_scaled(state.direction, -omega, image)
-        direction = vector.add_scaled(half, beta, direction)
-        rho = jnp.where(restarts, inner(half, half), rho)
-        broken = singular | (stuck & state.fresh) | (skew & _significant(half, residual))
+        broken = singular | (stuck & state.fresh) | (skew & (half_norm > level * state.norm))
         return BiCGStabState(
             x=x,
-            residual=half,
-            direction=direction,
-            shadow=vector.where(restarts, half, state.shadow),
-            rho=rho,
-            fresh=restarts,
+            residual=after,
+            direction=vector.add_scaled(after, beta, direction),
+            shadow=vector.where(restarts, after, state.shadow),
+            rho=jnp.where(restarts, after_square.astype(rho.dtype), rho),
+            norm=norm,
+            shadow_norm=jnp.where(restarts, norm, state.shadow_norm),
             scale=jnp.maximum(state.scale, stretch),
+            fresh=restarts,
             status=jnp.where(broken, jnp.int32(Status.BREAKDOWN), jnp.int32(Status.CONVERGED)),
         )
 
@@ -137,21 +151,17 @@ class BiCGStab(InnerSolver):
         return 2 * iterations + 1
 
 
-def _orthogonal(product: Array, x: PyTree, y: PyTree) -> Bool[Array, ""]:
-    """Whether an inner product is zero as far as rounding lets one tell."""
-    product, x, y = jax.lax.stop_gradient((product, x, y))
-    level = NEGLIGIBLE * vector.epsilon(x)
-    return jnp.abs(product) <= level * vector.norm(x) * vector.norm(y)
+def _norm(v: PyTree) -> Float[Array, ""]:
+    """The norm, for decisions: without a derivative, which it has none of at zero."""
+    return vector.norm(jax.lax.stop_gradient(v))
 
 
-def _ratio(image: PyTree, v: PyTree) -> Float[Array, ""]:
-    """‖A v‖ / ‖v‖, 0 where v is."""
-    image, v = jax.lax.stop_gradient((image, v))
-    norm = vector.norm(v)
-    return vector.norm(image) / jnp.where(norm > 0, norm, 1.0)
+def _within(product: Array, level: Array) -> Bool[Array, ""]:
+    """Whether an inner product is zero as far as rounding lets one tell; not if it is NaN."""
+    return jnp.abs(jax.lax.stop_gradient(product)) <= level
 
 
-def _significant(x: PyTree, reference: PyTree) -> Bool[Array, ""]:
-    """Whether x is more than rounding has left of the reference."""
-    x, reference = jax.lax.stop_gradient((x, reference))
-    return vector.norm(x) > NEGLIGIBLE * vector.epsilon(x) * vector.norm(reference)
+def _quotient(number: Array | float, divisor: Array) -> Array:
+    """Their quotient, or zero if the divisor is."""
+    zero = divisor == 0
+    return jnp.where(zero, 0.0, number) / jnp.where(zero, 1.0, divisor)

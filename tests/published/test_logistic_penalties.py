@@ -6,6 +6,9 @@ split goes on drawing from; labels 0 and 1; the inner objective is the mean logi
 before each update; momentum b ← 0.9 b + g, λ ← max(λ - b, 1e-8), which leaves b alone; float64.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +18,8 @@ from jaxtyping import Array
 from sklearn.model_selection import train_test_split
 
 import bilevel as bl
+
+Data = tuple[Array, Array, Array, Array]
 
 PUBLISHED = {
     0: 0.574399,
@@ -45,32 +50,32 @@ def data():
     return design, labels, validation, validation_labels
 
 
-def validation_loss_function(data, estimator, steps=100):
+def validation_loss_function(data: Data, estimator: bl.Estimator) -> Callable[[Array], Array]:
     design, labels, validation, validation_labels = data
 
-    def objective(w, penalties):
+    def objective(w: Array, penalties: Array) -> Array:
         return mean_logistic(design @ w, labels) + 0.5 * jnp.sum(penalties * w**2)
 
-    def validation_loss(penalties):
+    def validation_loss(penalties: Array) -> Array:
         solution = bl.solve(
             bl.Minimization(objective),
             penalties,
             jnp.zeros(20),
             solver=bl.GradientDescent(step_size=0.1),
             estimator=estimator,
-            budget=bl.Budget(iterations=steps),
+            budget=bl.Budget(iterations=100),
         )
         return mean_logistic(validation @ solution.value, validation_labels)
 
     return validation_loss
 
 
-def test_losses_are_the_published_ones(data):
+def test_losses_are_the_published_ones(data: Data):
     evaluate = jax.value_and_grad(validation_loss_function(data, bl.Unrolled(last=10)))
     optimizer = optax.sgd(1.0, momentum=0.9)
 
     @jax.jit
-    def update(penalties, state):
+    def update(penalties: Array, state: Any) -> tuple[Array, Any, Array]:
         loss, gradient = evaluate(penalties)
         change, state = optimizer.update(gradient, state)
         return jnp.maximum(jax.tree.map(jnp.add, penalties, change), 1e-8), state, loss
@@ -85,16 +90,16 @@ def test_losses_are_the_published_ones(data):
 
 
 @pytest.mark.parametrize("last", [1, 10, 100])
-def test_only_the_last_steps_are_differentiated(data, last):
+def test_only_the_last_steps_are_differentiated(data: Data, last: int):
     """The figures above would hardly tell 10 steps from 9: this does."""
     design, labels, validation, validation_labels = data
     penalties = jnp.linspace(0.5, 2.0, 20)
 
-    def loss_by_hand(penalties):
-        def objective(w, penalties):
+    def loss_by_hand(penalties: Array) -> Array:
+        def objective(w: Array, penalties: Array) -> Array:
             return mean_logistic(design @ w, labels) + 0.5 * jnp.sum(penalties * w**2)
 
-        def step(w, _):
+        def step(w: Array, _: None) -> tuple[Array, None]:
             return w - 0.1 * jax.grad(objective)(w, penalties), None
 
         w, _ = jax.lax.scan(step, jnp.zeros(20), None, length=100 - last)

@@ -3,7 +3,7 @@
 min over w of ‖A x(w) - b‖² with x(w) = argmin ‖C w + D x - e‖², at w = 1.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,11 @@ class Quadratic(NamedTuple):
     cross: np.ndarray
     gradient: np.ndarray
 
-    def inner_objective(self, x, w):
+    def inner_objective(self, x: Any, w: Any) -> Any:
         misfit = self.parameter_matrix @ w + self.unknown_matrix @ x - self.inner_target
         return misfit @ misfit
 
-    def outer_loss(self, x, w):
+    def outer_loss(self, x: Any, w: Any) -> Any:
         del w
         misfit = self.outer_matrix @ x - self.outer_target
         return misfit @ misfit
@@ -53,7 +53,7 @@ def quadratic():
 
 
 @pytest.fixture(scope="module")
-def cases(quadratic):
+def cases(quadratic: Quadratic):
     """True error, estimate and certified bound at every pair of budgets."""
     values = np.linalg.eigvalsh(quadratic.hessian)
     least, largest = np.sqrt(values[0]), np.sqrt(values[-1])
@@ -67,9 +67,9 @@ def cases(quadratic):
         cross_norm=float(np.linalg.norm(quadratic.cross, 2)),
     )
 
-    def judged(error):
+    def judged(error: bl.ErrorEstimator | bool) -> Any:
         @jax.jit
-        def evaluate(inner, adjoint):
+        def evaluate(inner: Any, adjoint: Any) -> tuple[Any, Any]:
             result = bl.hypergradient(
                 quadratic.outer_loss,
                 bl.Minimization(quadratic.inner_objective),
@@ -96,34 +96,34 @@ def cases(quadratic):
     return np.array(found)
 
 
-def test_norm_is_the_published_one(quadratic):
+def test_norm_is_the_published_one(quadratic: Quadratic):
     assert np.linalg.norm(quadratic.gradient) == pytest.approx(5322.447, abs=5e-4)
 
 
-def test_default_settings_give_the_exact_gradient(quadratic):
+def test_default_settings_give_the_exact_gradient(quadratic: Quadratic):
     problem = bl.Minimization(quadratic.inner_objective)
     result = bl.hypergradient(quadratic.outer_loss, problem, jnp.ones(10), jnp.zeros(10))
     np.testing.assert_allclose(result.gradient, quadratic.gradient, rtol=1e-10)
 
 
-def test_errors_span_many_orders(cases):
+def test_errors_span_many_orders(cases: np.ndarray):
     """Else the two tests below would say little."""
     assert cases[:, 0].max() > 500
     assert cases[:, 0].min() < 1e-10
 
 
-def test_certified_bound_never_fails(cases):
+def test_certified_bound_never_fails(cases: np.ndarray):
     true, _, certified = cases.T
     assert np.all(certified >= true)
 
 
-def test_estimate_is_within_a_factor_of_ten(cases):
+def test_estimate_is_within_a_factor_of_ten(cases: np.ndarray):
     true, estimated, _ = cases.T
     ratio = estimated / true
     assert np.mean((ratio >= 0.1) & (ratio <= 10)) >= 0.95
 
 
-def test_estimate_is_tighter_than_the_certified_bound(cases):
+def test_estimate_is_tighter_than_the_certified_bound(cases: np.ndarray):
     true, estimated, certified = cases.T
     assert np.median(estimated / true) < 1.2
     assert np.median(certified / true) > 100
