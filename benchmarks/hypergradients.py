@@ -85,8 +85,8 @@ class Race:
     makers: dict[str, Callable[[], Hypergradient]]
     claimed: bool = True
 
-    def run(self, report: Report, *, rounds: int, first_rounds: int) -> None:
-        """Time everything in turn and tabulate it."""
+    def run(self, report: Report, rounds: int, first_rounds: int, *, held: bool) -> None:
+        """Time everything in turn, tabulate it, and hold the library against its limits."""
         report.say(self.name)
         theta = self.problem.theta
         made = {name: make() for name, make in self.makers.items()}
@@ -115,7 +115,7 @@ class Race:
                 first[name].ratio(first["by hand"]),
                 errors[name],
             )
-        if self.claimed:
+        if held:
             ratio = timings["library"].ratio(timings["by hand"])
             report.check(f"{self.name}: time of by hand", ratio, 1.1)
             ratio = first["library"].ratio(first["by hand"])
@@ -235,15 +235,16 @@ def against_cholesky(report: Report, quick: bool) -> None:
     table = report.table("Ridge by a factorisation", "candidate", "ms", "of SciPy")
     for name, timing in timings.items():
         table.add(name, timing.median * 1e3, timing.ratio(timings["SciPy Cholesky"]))
-    ratio = timings["library, default"].ratio(timings["SciPy Cholesky"])
-    report.check("ridge with default settings: time of SciPy's Cholesky", ratio, 1.5)
+    if not quick:
+        ratio = timings["library, default"].ratio(timings["SciPy Cholesky"])
+        report.check("ridge with default settings: time of SciPy's Cholesky", ratio, 1.5)
 
 
 def benchmark(quick: bool) -> Report:
     """Speed at equal iterations, accuracy by default, and the factorisation."""
     report = Report("hypergradients", remarks=peers.missing())
     for race in races(quick):
-        race.run(report, rounds=5 if quick else 15, first_rounds=1 if quick else 5)
+        race.run(report, 5 if quick else 15, 1 if quick else 5, held=race.claimed and not quick)
     accuracy(report, quick)
     against_cholesky(report, quick)
     return report

@@ -155,7 +155,7 @@ def bits(report: Report, quick: bool) -> None:
     report.check("entries of all gradients that are not the scan's to the last bit", entries, 0)
 
 
-def time_case(report: Report, case: Case, rounds: int) -> None:
+def time_case(report: Report, case: Case, rounds: int, *, held: bool) -> None:
     """Time 100 and 1000 steps by one executable against a scan of each length."""
     made = {name: case.by_library(estimator) for name, estimator in ESTIMATORS.items()}
     table = report.table(
@@ -172,7 +172,7 @@ def time_case(report: Report, case: Case, rounds: int) -> None:
         for name, timing in timings.items():
             ratio = timing.ratio(timings["scan"])
             table.add(name, steps, timing.median * 1e3, ratio)
-            if name in LIMITS:
+            if held and name in LIMITS:
                 report.check(
                     f"{case.name}, {steps} steps, {name}: time of the scan", ratio, LIMITS[name]
                 )
@@ -217,7 +217,7 @@ def benchmark(quick: bool) -> Report:
     """Time and bits on three problems, memory on the largest."""
     report = Report("unrolling")
     for case in cases(quick):
-        time_case(report, case, 3 if quick else 7)
+        time_case(report, case, 3 if quick else 7, held=not quick)
     bits(report, quick)
     memory(report, 100_000)
     return report

@@ -1,4 +1,4 @@
-"""What user functions capture differentiates right, wherever it is captured, and never goes stale."""
+"""What user functions capture differentiates right, wherever it is captured, and stays fresh."""
 
 import functools
 import types
@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import bilevel as bl
-from tests.core.cases import MIXING, N, THETA, definite_matrix, loss, rhs
+from tests.core.cases import MIXING, THETA, N, definite_matrix, loss, rhs
 from tests.core.compiling import jitted
 
 X0 = jnp.zeros(N)
@@ -50,7 +50,10 @@ def operator_passed(theta: Any, **options: Any) -> Any:
 
 def operator_captured(theta: Any, **options: Any) -> Any:
     problem = bl.LinearSystem(
-        lambda _: definite_matrix(theta), lambda _: rhs(theta), symmetric=True, positive_definite=True
+        lambda _: definite_matrix(theta),
+        lambda _: rhs(theta),
+        symmetric=True,
+        positive_definite=True,
     )
     return bl.solve(problem, None, X0, **options).value
 
@@ -198,9 +201,7 @@ def test_captured_learning_rate_of_an_optax_schedule_differentiates():
             x = x - 0.3 * decay**count * jax.grad(objective)(x)
         return loss(x, jnp.asarray(THETA))
 
-    np.testing.assert_allclose(
-        jitted(jax.grad(unrolled))(0.8), jax.grad(by_hand)(0.8), rtol=1e-12
-    )
+    np.testing.assert_allclose(jitted(jax.grad(unrolled))(0.8), jax.grad(by_hand)(0.8), rtol=1e-12)
 
 
 @pytest.mark.parametrize("estimator", ["Implicit", "Unrolled"])

@@ -84,7 +84,9 @@ def test_every_estimator_conforms(name: str):
         **options,
     )
     assert "gradient right" in checked
-    assert name == "Unrolled, forward" or {"report", "captured theta", "NaN in theta"} <= set(checked)
+    assert name == "Unrolled, forward" or {"report", "captured theta", "NaN in theta"} <= set(
+        checked
+    )
 
 
 # ----------------------------------------------------------------------- Taylor's test itself
@@ -100,7 +102,9 @@ def test_taylor_tells_right_from_wrong_derivatives():
     assert taylor_test(function, point, derivative=right).slope >= 1.95
     wrong = {**right, "b": right["b"] * 1.001}
     assert taylor_test(function, point, derivative=wrong).slope < 1.5
-    forward = taylor_test(function, point, derivative=lambda v: jax.jvp(function, (point,), (v,))[1])
+    forward = taylor_test(
+        function, point, derivative=lambda v: jax.jvp(function, (point,), (v,))[1]
+    )
     assert forward.slope >= 1.95
 
 
@@ -135,7 +139,9 @@ def test_taylor_is_robust_to_the_rounding_floor():
 
 
 def test_taylor_takes_steps_and_direction_as_given():
-    result = taylor_test(lambda x: jnp.sum(x**2), jnp.ones(2), jnp.array([1.0, 0.0]), steps=[1, 0.1])
+    result = taylor_test(
+        lambda x: jnp.sum(x**2), jnp.ones(2), jnp.array([1.0, 0.0]), steps=[1, 0.1]
+    )
     assert result == TaylorResult(pytest.approx(2.0), pytest.approx((1.0, 0.01)), (1.0, 0.1))
 
 

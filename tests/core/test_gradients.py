@@ -178,9 +178,7 @@ def plain_loop(case: Case, theta: Any, steps: int) -> Any:
     return loss(solver.value(state), theta)
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in SOLVERS if case.truncated], ids=by_name
-)
+@pytest.mark.parametrize("case", [case for case in SOLVERS if case.truncated], ids=by_name)
 def test_truncated_unrolling_is_the_plain_loop(case: Case):
     steps = min(STEPS, case.truncated)
 

@@ -48,7 +48,12 @@ def assert_honest(problem: Any, theta: Any, solution: Any) -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("case", SOLVERS, ids=by_name)
 def test_non_finite_data_end_as_failure_and_in_no_gradient(case: Any, bad: float):
-    if np.isinf(bad) and case.name not in {"GradientDescent", "ConjugateGradient", "GMRES", "Newton"}:
+    if np.isinf(bad) and case.name not in {
+        "GradientDescent",
+        "ConjugateGradient",
+        "GMRES",
+        "Newton",
+    }:
         pytest.skip("one of each kind is enough")
     example = case.example
     theta = example.theta.at[0].set(bad)
@@ -124,9 +129,7 @@ LINEAR = {
 
 def system(matrix: Any, **declared: Any) -> Any:
     """A(θ) = A diag(1 + θ) and b(θ) = 1 + θ, so that everything depends on θ."""
-    return bl.LinearSystem(
-        lambda theta: matrix * (1 + theta), lambda theta: 1 + theta, **declared
-    )
+    return bl.LinearSystem(lambda theta: matrix * (1 + theta), lambda theta: 1 + theta, **declared)
 
 
 @pytest.mark.parametrize("name", LINEAR)
@@ -172,12 +175,8 @@ def test_a_non_symmetric_operator_is_not_marked_converged(name: str):
 @pytest.mark.parametrize("name", ["ConjugateGradient", "MINRES"])
 def test_an_adjoint_solver_of_the_wrong_kind_gives_no_gradient_that_looks_right(name: str):
     problem, theta = system(SKEWED), jnp.zeros(N)
-    expected = jax.grad(
-        lambda t: loss(jnp.linalg.solve(SKEWED * (1 + t), 1 + t), t)
-    )(theta)
-    _, gradient, report = evaluate(
-        problem, theta, estimator=bl.Implicit(solver=LINEAR[name]())
-    )
+    expected = jax.grad(lambda t: loss(jnp.linalg.solve(SKEWED * (1 + t), 1 + t), t))(theta)
+    _, gradient, report = evaluate(problem, theta, estimator=bl.Implicit(solver=LINEAR[name]()))
     error = float(jnp.linalg.norm(gradient - expected))
     assert np.isnan(error) or error > 1e-6
     assert int(report.failures) == 1 or int(report.adjoint_capped) == 1

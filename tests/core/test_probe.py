@@ -136,7 +136,9 @@ def test_an_adjoint_probe_is_the_adjoint_solution():
     solution = got.solution()
     assert int(solution.iterations) == 5
     assert int(solution.status) == bl.Status.BUDGET
-    x = bl.solve(RIDGE.problem, RIDGE.theta, RIDGE.x0, solver=OPTIONS["solver"], budget=OPTIONS["budget"])
+    x = bl.solve(
+        RIDGE.problem, RIDGE.theta, RIDGE.x0, solver=OPTIONS["solver"], budget=OPTIONS["budget"]
+    )
     of_x = jax.grad(loss)(x.value, RIDGE.theta)
     hessian = jax.jacobian(RIDGE.problem.residual)(x.value, RIDGE.theta)
     np.testing.assert_allclose(got.residual, of_x - hessian @ got.value, atol=1e-12)

@@ -149,9 +149,7 @@ def test_complex_unknowns_of_a_minimisation(name: str):
 
     def value(theta: Any) -> Any:
         x0 = jnp.zeros(2, complex)
-        solution = bl.solve(
-            bl.Minimization(objective), theta, x0, solver=TREE_SOLVERS[name]()
-        )
+        solution = bl.solve(bl.Minimization(objective), theta, x0, solver=TREE_SOLVERS[name]())
         return complex_loss(solution.value)
 
     def exact(theta: Any) -> Any:  # (1 + 0.4) Re x = Re θ, (1 - 0.4) Im x = Im θ
@@ -184,6 +182,7 @@ def test_single_precision_stays_single_precision(name: str):
     example = EXAMPLES[name]
     theta, x0 = example.theta.astype(jnp.float32), example.x0.astype(jnp.float32)
     problem = IN_SINGLE[name]
+
     def value(theta: Any) -> Any:
         solution = bl.solve(problem, theta, x0)
         return loss(solution.value, theta).astype(jnp.float32), solution

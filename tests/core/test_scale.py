@@ -33,7 +33,9 @@ def scaled_minimization(objective: Any) -> Any:
 
 def scaled_system(matrix: Any, **declared: Any) -> Any:
     return bl.LinearSystem(
-        lambda theta: theta[1] * matrix(theta[0]), lambda theta: theta[1] * rhs(theta[0]), **declared
+        lambda theta: theta[1] * matrix(theta[0]),
+        lambda theta: theta[1] * rhs(theta[0]),
+        **declared,
     )
 
 

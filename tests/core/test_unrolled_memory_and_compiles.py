@@ -129,9 +129,7 @@ def test_room_that_runs_out_is_said_before_the_solve_or_after():
         "estimator": bl.Unrolled(max_iterations=8),
     }
     with pytest.raises(ValueError, match="max_iterations"):
-        bl.solve(
-            problem, jnp.zeros(N), jnp.zeros(N), budget=bl.Budget(iterations=9), **options
-        )
+        bl.solve(problem, jnp.zeros(N), jnp.zeros(N), budget=bl.Budget(iterations=9), **options)
 
     def traced(iterations: Any) -> bl.Solution:
         budget = bl.Budget(iterations=iterations)

@@ -421,7 +421,9 @@ def test_each_sample_of_a_batch_has_its_own_count(case):
     systems = [system(kind, seed=seed) for seed in (6, 7)]
     matrices = [systems[0].matrix, systems[1].matrix, np.eye(SIZE), systems[1].matrix * np.nan]
     rhs = [systems[0].rhs, systems[1].rhs, systems[0].rhs, systems[1].rhs]
-    one = [solve(a, b, solver, iterations=200, rtol=1e-8) for a, b in zip(matrices, rhs, strict=True)]
+    one = [
+        solve(a, b, solver, iterations=200, rtol=1e-8) for a, b in zip(matrices, rhs, strict=True)
+    ]
     batch = jax.vmap(
         lambda a, b: bl.solve(
             SYSTEM,
@@ -434,9 +436,7 @@ def test_each_sample_of_a_batch_has_its_own_count(case):
     assert list(batch.iterations) == [s.iterations for s in one]
     assert list(batch.applications) == [s.applications for s in one]
     assert list(batch.status) == [CONVERGED, CONVERGED, CONVERGED, bl.Status.NONFINITE]
-    np.testing.assert_allclose(
-        batch.value, np.stack([s.value for s in one]), rtol=1e-8, atol=1e-10
-    )
+    np.testing.assert_allclose(batch.value, np.stack([s.value for s in one]), rtol=1e-8, atol=1e-10)
 
 
 # -------------------------------------------------------------------------------- derivatives
@@ -511,7 +511,9 @@ def gradients(kind, solver, estimator, **options):
 
     def loss(theta):
         problem = bl.LinearSystem(
-            lambda theta: matrix + jnp.diag(theta), lambda theta: theta[0] * rhs, symmetric=symmetric
+            lambda theta: matrix + jnp.diag(theta),
+            lambda theta: theta[0] * rhs,
+            symmetric=symmetric,
         )
         start = jnp.zeros(SIZE)
         x = bl.solve(problem, theta, start, solver=solver, estimator=estimator, **options).value
