@@ -6,6 +6,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -22,13 +23,18 @@ def _may_hold(leaf: Any) -> bool:
     return not isinstance(leaf, type) and (callable(leaf) or hasattr(leaf, "__dict__"))
 
 
+def _inside_jit() -> bool:
+    """Whether an outer jit traces this: it compiles everything, constants once."""
+    return isinstance(jnp.zeros(()), Tracer)
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function of pytrees that hold arrays and Python objects.
 
     Arrays and Python floats anywhere in the arguments are traced; functions, strings,
     integers and the rest are part of the cache key, functions and objects together with
-    what they hold ([`Captured`][]). Inside someone else's trace with traced values in a
-    closure, the function is inlined instead: the outer jit compiles it.
+    what they hold ([`Captured`][]). Inside someone else's jit, or with traced values in a
+    closure, the function is inlined instead.
     """
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -43,6 +49,8 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if _inside_jit():
+            return function(*args, **kwargs)
         leaves, treedef = jax.tree.flatten((args, kwargs))
         static = tuple(
             _SLOT if _is_traced_leaf(leaf) else (Captured(leaf) if _may_hold(leaf) else leaf)

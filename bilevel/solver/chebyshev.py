@@ -144,7 +144,7 @@ class Chebyshev(InnerSolver):
                 problem.operator.matvec,
                 jax.lax.stop_gradient(x),
                 self.lanczos_steps,
-                lambda v: precondition(problem, v),
+                problem.precondition,
             )
             if lower is None:
                 # A Ritz value that has not settled is too large. Too small an end costs less.

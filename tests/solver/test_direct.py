@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.solver.systems import SIZE, solve, system
 
 import bilevel as bl
+from tests.solver.systems import SIZE, solve, system
 
 BREAKDOWN, ROUNDING, CONVERGED = bl.Status.BREAKDOWN, bl.Status.ROUNDING, bl.Status.CONVERGED
 
@@ -106,7 +106,7 @@ def test_each_sample_refines_for_itself():
 def test_a_diagonal_that_does_not_fit_is_refused():
     class Short:
         def matvec(self, v):
-            return 2.0 * v
+            return jax.tree.map(lambda leaf: 2.0 * leaf, v)
 
         def diagonal(self):
             return jnp.ones(3)

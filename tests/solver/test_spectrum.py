@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.solver.systems import SIZE, system
 
 from bilevel.operator import LinearOperator, as_operator
 from bilevel.solver.lanczos import extreme_eigenvalues
 from bilevel.solver.spectrum import contraction_rate, largest_eigenvalue, largest_singular_value
+from tests.solver.systems import SIZE, system
 
 
 @pytest.mark.parametrize("complex_valued", [False, True])
