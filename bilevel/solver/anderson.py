@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from bilevel import vector
 from bilevel.bound import BoundProblem
+from bilevel.solver import basis
 from bilevel.solver.base import IncompatibleError, InnerSolver
 from bilevel.solver.parameter import positive, whole, within
 
@@ -87,24 +88,21 @@ class Anderson(InnerSolver):
     def init(self, problem: BoundProblem, x: PyTree) -> AndersonState:
         """Start without differences."""
         del problem
-        none = jax.tree.map(lambda leaf: jnp.zeros((self.memory, *leaf.shape), leaf.dtype), x)
+        none = basis.allocate(x, self.memory)
         return AndersonState(x, vector.zeros_like(x), none, none, jnp.int32(0))
 
     def step(self, problem: BoundProblem, state: AndersonState, residual: PyTree) -> AndersonState:
         """Combine the last differences, and mix."""
         del problem
-        change = vector.subtract(residual, state.previous)
-        slot = (state.count - 1) % self.memory
         some = state.count > 0
-        changes = jax.tree.map(
-            lambda rows, row: rows.at[slot].set(jnp.where(some, row, 0)), state.changes, change
-        )
+        change = vector.subtract(residual, state.previous)
+        change = vector.where(some, change, vector.zeros_like(change))
+        changes = basis.write(state.changes, (state.count - 1) % self.memory, change)
         weights = _least_squares(changes, residual, self._regularisation(residual))
-        mixed = vector.subtract(residual, _combine(changes, weights))
+        mixed = vector.subtract(residual, basis.combine(weights, changes))
         step = vector.scale(self.mixing, mixed)
-        step = vector.subtract(step, _combine(state.steps, weights))
-        slot = state.count % self.memory
-        steps = jax.tree.map(lambda rows, row: rows.at[slot].set(row), state.steps, step)
+        step = vector.subtract(step, basis.combine(weights, state.steps))
+        steps = basis.write(state.steps, state.count % self.memory, step)
         return AndersonState(vector.add(state.x, step), residual, steps, changes, state.count + 1)
 
     def _regularisation(self, like: PyTree) -> Array | float:
@@ -120,36 +118,14 @@ def _least_squares(
 
     Columns that are zero get γ = 0.
     """
-    gram, projections = _products(columns, columns), _products(columns, target)
+
+    def products(v: PyTree) -> Array:
+        return basis.project(columns, v, complex_linear=False)
+
+    gram, projections = jax.vmap(products)(columns), products(target)
     squares = jnp.diagonal(gram)
     some = squares > 0
     lengths = jnp.where(some, jnp.sqrt(jnp.where(some, squares, 1.0)), 1.0)
     scaled = gram / (lengths[:, None] * lengths[None, :])
     extra = jnp.where(some, jnp.asarray(regularisation, gram.dtype), 1.0)
     return jnp.linalg.solve(scaled + jnp.diag(extra), projections / lengths) / lengths
-
-
-def _products(rows: PyTree, others: PyTree) -> Array:
-    """Real inner products of stacked vectors with one vector or with other stacked ones."""
-
-    def product(a: Array, b: Array) -> Array:
-        memory = a.shape[0]
-        flat = a.reshape(memory, -1)
-        other = b.reshape(-1) if b.ndim < a.ndim else b.reshape(memory, -1).T
-        return (flat.conj() @ other).real
-
-    parts = [
-        product(a, b) for a, b in zip(jax.tree.leaves(rows), jax.tree.leaves(others), strict=True)
-    ]
-    dtype = vector.real_dtype(rows)
-    return sum((part.astype(dtype) for part in parts[1:]), parts[0].astype(dtype))
-
-
-def _combine(rows: PyTree, weights: Float[Array, " memory"]) -> PyTree:
-    """Σ weights_j rows_j, in the dtypes of the rows."""
-
-    def combine(leaf: Array) -> Array:
-        real = weights.astype(jnp.finfo(leaf.dtype).dtype)
-        return jnp.tensordot(real, leaf, axes=1).astype(leaf.dtype)
-
-    return jax.tree.map(combine, rows)

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from bilevel import vector
 from bilevel.bound import BoundProblem
 from bilevel.solution import Status
+from bilevel.solver import basis
 from bilevel.solver.first_order import FirstOrderSolver
 from bilevel.solver.line_search import Found, failure_of, first_length, objective_of, wolfe
 from bilevel.solver.parameter import positive, whole, within
@@ -101,7 +102,7 @@ class LBFGS(FirstOrderSolver):
         residual = problem.residual(x)
         norm = jax.lax.stop_gradient(vector.norm(residual))
         length = first_length(problem, x, residual).astype(norm.dtype)
-        none = jax.tree.map(lambda leaf: jnp.zeros((self.history, *leaf.shape), leaf.dtype), x)
+        none = basis.allocate(x, self.history)
         return LBFGSState(
             x=x,
             residual=residual,
@@ -190,11 +191,7 @@ class LBFGS(FirstOrderSolver):
 def _put(buffer: PyTree, slot: Int[Array, ""], entry: PyTree, keep: Array) -> PyTree:
     """Write an entry into its slot, or the slot's own content where it is not kept."""
 
-    def write(rows: Array, row: Array) -> Array:
-        old = jax.lax.dynamic_index_in_dim(rows, slot, 0, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(rows, jnp.where(keep, row, old), slot, 0)
-
-    return jax.tree.map(write, buffer, entry)
+    return basis.write(buffer, slot, vector.where(keep, entry, basis.read(buffer, slot)))
 
 
 def _direction(state: LBFGSState, residual: PyTree) -> PyTree:
@@ -203,10 +200,7 @@ def _direction(state: LBFGSState, residual: PyTree) -> PyTree:
     newest_first = (state.pairs - 1 - jnp.arange(history)) % history
 
     def pair(slot: Array) -> tuple[PyTree, PyTree, Array]:
-        def row(rows: Array) -> Array:
-            return jax.lax.dynamic_index_in_dim(rows, slot, 0, keepdims=False)
-
-        return jax.tree.map(row, state.steps), jax.tree.map(row, state.changes), row(state.inverses)
+        return basis.read((state.steps, state.changes, state.inverses), slot)
 
     def backward(q: PyTree, slot: Array) -> tuple[PyTree, Array]:
         step, change, inverse = pair(slot)

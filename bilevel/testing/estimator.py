@@ -234,7 +234,7 @@ def _check_gradient(
         result = taylor_test(jax.jit(_loss(subject)), moving, derivative=gradient)
         checklist.require(
             "derivative of the loss",
-            result.slope >= (1.9 if vector.epsilon(subject.x0) < 1e-10 else 1.7),
+            result.slope >= (1.9 if vector.epsilon(subject.x0) < 1e-10 else 1.5),
             "a Taylor remainder of second order",
             f"one of order {result.slope:.2f}",
             "Give budget= and adjoint_budget= enough iterations; exact=False if it is an "

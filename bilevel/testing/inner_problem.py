@@ -162,7 +162,7 @@ def _derivatives(checklist: Checklist, problem: InnerProblem, theta: PyTree, x: 
         checklist.require(
             name,
             # Single precision leaves few steps between curvature and rounding.
-            result.slope >= (1.9 if vector.epsilon(point) < 1e-10 else 1.7),
+            result.slope >= (1.9 if vector.epsilon(point) < 1e-10 else 1.5),
             "a Taylor remainder of second order",
             f"one of order {result.slope:.2f} ({_numbers(result.remainders)})",
             "Look for custom derivative rules, jax.lax.stop_gradient, rounding or casts to "
@@ -200,7 +200,7 @@ def _objective(
     result = taylor_test(jax.jit(objective), x, derivative=gradient)
     checklist.require(
         name,
-        result.slope >= (1.9 if vector.epsilon(x) < 1e-10 else 1.7),
+        result.slope >= (1.9 if vector.epsilon(x) < 1e-10 else 1.5),
         "the residual to be minus the objective's gradient, with a Taylor remainder of order 2",
         f"one of order {result.slope:.2f} ({_numbers(result.remainders)})",
         "Let residual be the gradient of the very objective.",
