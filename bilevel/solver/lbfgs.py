@@ -190,7 +190,6 @@ class LBFGS(FirstOrderSolver):
 
 def _put(buffer: PyTree, slot: Int[Array, ""], entry: PyTree, keep: Array) -> PyTree:
     """Write an entry into its slot, or the slot's own content where it is not kept."""
-
     return basis.write(buffer, slot, vector.where(keep, entry, basis.read(buffer, slot)))
 
 
