@@ -54,9 +54,11 @@ ESTIMATORS: dict[str, Any] = {
     "Unrolled": (bl.Unrolled, {}),
     "Unrolled, all": (lambda: bl.Unrolled(store="all"), {}),
     "Unrolled, forward": (lambda: bl.Unrolled(mode="forward"), {}),
-    "Unrolled, last": (lambda: bl.Unrolled(last=20), {"exact": False, "tolerance": 1e-3}),
+    # Gradient descent contracts here by 0.74 a step: the last 40 leave 1e-5 of the derivative.
+    "Unrolled, last": (lambda: bl.Unrolled(last=40), {"exact": False, "tolerance": 1e-3}),
     "Neumann": (lambda: bl.Neumann(step_size=0.3), {}),
-    "OneStep": (bl.OneStep, {"exact": False, "tolerance": 1.0}),
+    # One step of Newton's method has the whole derivative.
+    "OneStep": (bl.OneStep, {"solver": bl.Newton()}),
     "Nystrom": (lambda: bl.Nystrom(rank=N, damping=1e-7), {"exact": False, "tolerance": 1e-4}),
 }
 
@@ -69,14 +71,14 @@ ESTIMATORS: dict[str, Any] = {
     ],
 )
 def test_every_estimator_conforms(name: str):
-    make, options = ESTIMATORS[name]
+    make, given = ESTIMATORS[name]
+    options = {"solver": bl.GradientDescent(0.3), **given}
     example = EXAMPLES["ridge"]
     checked = check_estimator(
         make(),
         example.problem,
         example.theta,
         example.x0,
-        solver=bl.GradientDescent(0.3),
         budget=bl.Budget(400, rtol=1e-12),
         adjoint_budget=bl.Budget(400, rtol=1e-12),
         outer_loss=lambda x, theta: jnp.sum(jnp.sin(x - 0.3)) + 0.5 * jnp.sum(theta * x),
