@@ -8,6 +8,7 @@ from email import message_from_bytes
 from email.message import Message
 from pathlib import Path
 
+import lazy_loader
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,7 +83,7 @@ def test_wheel_says_what_it_is_and_needs(tree: Path):
 def test_core_and_adapter_import_where_they_are_installed(
     tree: Path, tmp_path: Path, *, editable: bool
 ):
-    """In an empty environment without any dependency: only the package itself is looked for."""
+    """In an environment without dependencies; the one that is needed at once comes last."""
     add_adapter(tree)
     if editable:
         code = "from hatchling.build import build_editable; print(build_editable('dist'))"
@@ -96,7 +97,11 @@ def test_core_and_adapter_import_where_they_are_installed(
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index"]
     subprocess.run([*pip, wheel], check=True, capture_output=True)
 
-    code = "import bilevel, bilevel_fake; print(bilevel.__file__, bilevel_fake.inner.VALUE)"
+    needed = str(Path(lazy_loader.__file__).parents[1])
+    code = (
+        f"import sys; sys.path.append({needed!r}); "
+        "import bilevel, bilevel_fake; print(bilevel.__file__, bilevel_fake.inner.VALUE)"
+    )
     ran = subprocess.run(
         [python, "-I", "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path
     )
