@@ -1,5 +1,6 @@
 """`bl.hypergradient`: a hypergradient together with what it is worth."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +10,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from bilevel import vector
+from bilevel.affine import as_linear
 from bilevel.budget import Budget
 from bilevel.compilation import compiled
 from bilevel.error.base import ErrorEstimator, Situation, TruncationError
 from bilevel.error.correction import ResidualCorrection
 from bilevel.estimator.base import Estimator, Record, Setting, no_adjoint
+from bilevel.estimator.implicit import Implicit
 from bilevel.inner_solve import arrange, complete
 from bilevel.probe import AdjointProbe
 from bilevel.problem import InnerProblem, as_inner_problem
@@ -224,6 +227,7 @@ def truncation_error(
     gradient: PyTree,
     report: AdjointProbe,
     *,
+    estimator: Estimator | None = None,
     error: ErrorEstimator | None = None,
 ) -> TruncationError:
     """What stopping early cost a hypergradient that came out of `jax.grad`.
@@ -237,6 +241,7 @@ def truncation_error(
     - `solution`: what `bl.solve` returned.
     - `gradient`: the gradient with respect to all of theta.
     - `report`: the gradient with respect to an `AdjointProbe` passed to `bl.solve`.
+    - `estimator`: the one given to `bl.solve`; its linear solver serves the estimate, too.
     - `error`: how it is estimated; [`ResidualCorrection`][] by default.
 
     >>> import jax, jax.numpy as jnp, bilevel as bl
@@ -260,15 +265,16 @@ def truncation_error(
     0.375
     """
     judge = ResidualCorrection() if error is None else error
+    estimator = Implicit() if estimator is None else estimator
     theta = jax.tree.map(lambda leaf: jnp.asarray(leaf) if eqx.is_array_like(leaf) else leaf, theta)
-    return _estimate(
-        judge, outer_loss, as_inner_problem(problem), theta, solution, gradient, report
-    )
+    problem = as_inner_problem(problem)
+    return _estimate(judge, estimator, outer_loss, problem, theta, solution, gradient, report)
 
 
 @compiled
 def _estimate(
     judge: ErrorEstimator,
+    estimator: Estimator,
     outer_loss: Callable[[Any, Any], Array],
     problem: InnerProblem,
     theta: PyTree,
@@ -277,20 +283,30 @@ def _estimate(
     report: AdjointProbe,
 ) -> TruncationError:
     moving, fixed = eqx.partition(theta, eqx.is_inexact_array)
+    x = solution.value
+    problem = as_linear(problem, theta, x, None).anchored(theta, x).equation(x)
+    adjoint = report.solution()
     situation = Situation(
         outer_loss=outer_loss,
-        problem=problem.equation(solution.value),
+        problem=problem,
         theta=moving,
         with_theta=lambda moving: eqx.combine(moving, fixed),
-        x=solution.value,
+        x=x,
         gradient=eqx.filter(gradient, eqx.is_inexact_array),
         primal=solution,
-        adjoint=report.solution(),
-        adjoint_value=report.value,
-        adjoint_residual=report.residual,
-        linear_solver=None,
+        adjoint=adjoint,
+        adjoint_value=None,
+        adjoint_residual=None,
+        linear_solver=estimator.correction_solver(problem.at(theta), x),
     )
-    return _judged(judge, situation)
+    solved = dataclasses.replace(
+        situation, adjoint_value=report.value, adjoint_residual=report.residual
+    )
+    return jax.lax.cond(
+        adjoint.status == Status.NOT_RUN,
+        lambda: _judged(judge, situation),
+        lambda: _judged(judge, solved),
+    )
 
 
 def _judged(judge: ErrorEstimator, situation: Situation) -> TruncationError:

@@ -56,7 +56,8 @@ class AdjointProbe(eqx.Module):
     """One adjoint solve in full, read as a gradient.
 
     Like [`Probe`][], but for one solve alone: its cotangent is the adjoint solution λ, the
-    residual vector it left, and the numbers of its `Solution`, as real numbers. λ is
+    residual vector it left, and the numbers of its `Solution`, as real numbers; zeros and
+    `NOT_RUN` from an estimator that solves no adjoint. λ is
     what the next adjoint solve may start from (`adjoint_guess`), and with the
     residual `bl.truncation_error` tells what stopping early cost.
 

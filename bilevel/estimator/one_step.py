@@ -74,7 +74,7 @@ def _reporting(solution: Solution, record: Record) -> PyTree:
     def backward(_: Any, augmented: Any) -> Any:
         cotangent, _ = augmented
         adjoint = no_adjoint(cotangent, jnp.int32(1))
-        return cotangent, record.filled(solution, adjoint, cotangent)
+        return cotangent, record.filled(solution, adjoint, adjoint.value)
 
     # A linear map by name only: its transpose is what brings the report out.
     shift, _ = jax.lax.custom_linear_solve(

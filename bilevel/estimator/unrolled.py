@@ -189,14 +189,13 @@ def _reverse(options: Unrolled, history: int) -> Any:
             of_state, of_residual, of_arrays = _pull_back(
                 options, plan, linearization, first, store, count, stop, cotangent
             )
-            start = iteration.solver.value(of_state)
             whole_way = stop == 0
             none = jax.tree.map(jnp.zeros_like, (of_state, of_residual))
             of_state, of_residual = vector.where(whole_way, (of_state, of_residual), none)
             share = (count - stop) / jnp.maximum(count, 1)
             applied = jnp.round(solution.applications * share).astype(jnp.int32)
-            adjoint = no_adjoint(start, applied)
-            record = record.filled(solution, adjoint, start)
+            none = vector.zeros_like(solution.value)
+            record = record.filled(solution, no_adjoint(none, applied), none)
             return of_arrays, of_state, of_residual, None, record
 
         solve.defvjp(forward, pull, symbolic_zeros=True)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PyTree
 
 from bilevel.outer.executable import Executable
 from bilevel.refinement.fidelity import Fidelity
+from bilevel.refinement.namespace import on_host
 
 
 class MeanError(eqx.Module):
@@ -50,13 +51,17 @@ class Control:
                 "bl.hypergradient) in place of loss=, or take another controller."
             )
             raise TypeError(msg)
-        self._controller = controller
+        # Bound once: a method of an equinox module costs tens of microseconds to look up.
+        self._begin, self._decide = controller.init, controller.update
+        self._look_up = controller.fidelity
         self._measures_error = measures_error
         # A rule that reads the metric gets the one before training; one that reads the
         # gradient has nothing to read yet, and one that counts has nothing to count.
         self._takes_first = measures_metric and requires == frozenset({"metric"})
         self._template = jax.eval_shape(controller.init)
         self._traceable = _is_traceable(controller, self._template)
+        # Our own controllers decide in NumPy what NumPy tells them: nothing to compile.
+        self._on_host = on_host(controller.init())
         self._step = Executable(self._controller_step, runs_briefly=True)
         self.state: PyTree = None
         self.fidelity: Fidelity
@@ -86,6 +91,10 @@ class Control:
 
         **Returns:** shapes and dtypes of the fidelity; `None` if it depends on the level.
         """
+        if self._on_host:
+            if not self._traceable:
+                return None
+            return uniform(self._look_up(self._begin()))
         arguments = self._arguments(metric, math.nan, _UNKNOWN, first=True)
         return self._step.prepare(self.blank, *arguments)[1]
 
@@ -97,7 +106,7 @@ class Control:
     def restore(self, state: PyTree) -> None:
         """Go on from a state that was kept."""
         self.state = state
-        self.fidelity = uniform(self._controller.fidelity(state))
+        self.fidelity = uniform(self._look_up(state))
 
     def advance(
         self,
@@ -131,34 +140,45 @@ class Control:
     ) -> None:
         metric = math.nan if metric is None else metric
         arguments = self._arguments(metric, gradient_norm, errors, first=first)
-        self.state, fidelity = self._step(self.state, *arguments)
+        step = self._host_step if self._on_host else self._step
+        self.state, fidelity = step(self.state, *arguments)
         if fidelity is None:
-            fidelity = uniform(self._controller.fidelity(self.state))
+            fidelity = uniform(self._look_up(self.state))
         self.fidelity = fidelity
 
     def _arguments(
         self, metric: Any, gradient_norm: float, errors: Sequence[float], *, first: bool
     ) -> tuple[Any, ...]:
+        real = jnp.result_type(float)
         error = None
         if self._measures_error:
-            primal, adjoint, total = (_number(part) for part in errors)
+            primal, adjoint, total = (_number(part, real) for part in errors)
             total_alone = np.isnan(primal) and np.isnan(adjoint) and not np.isnan(total)
             error = total if total_alone else MeanError(primal, adjoint, total)
-        return np.bool_(first), _number(metric), _number(gradient_norm), error
+        return np.bool_(first), _number(metric, real), _number(gradient_norm, real), error
+
+    def _host_step(
+        self, state: PyTree, first: Any, metric: Any, gradient_norm: Any, error: Any
+    ) -> tuple[PyTree, None]:
+        if first:
+            state = self._begin()
+        if self._takes_first or not first:
+            state = self._decide(state, metric, gradient_norm=gradient_norm, error=error)
+        return state, None
 
     def _controller_step(
         self, state: PyTree, first: Any, metric: Any, gradient_norm: Any, error: Any
     ) -> tuple[PyTree, Fidelity | None]:
         # One function for the first step and all others compiles once instead of twice, and
         # a controller takes longer to compile than a small problem to train.
-        begun = self._controller.init()
+        begun = self._begin()
         if self._takes_first:
             state = _where(first, begun, state)
-        after = self._controller.update(state, metric, gradient_norm=gradient_norm, error=error)
+        after = self._decide(state, metric, gradient_norm=gradient_norm, error=error)
         if not self._takes_first:
             after = _where(first, begun, after)
         after = jax.tree.map(_strong, after)
-        return after, uniform(self._controller.fidelity(after)) if self._traceable else None
+        return after, uniform(self._look_up(after)) if self._traceable else None
 
 
 _UNKNOWN = (math.nan, math.nan, math.nan)
@@ -183,19 +203,23 @@ def _where(condition: Any, x: PyTree, y: PyTree) -> PyTree:
 
 def uniform(fidelity: Fidelity) -> Fidelity:
     """The same fidelity with arrays for numbers: int32, and JAX's default float."""
+    kinds = (np.int32, jnp.result_type(float))
+    if all(isinstance(x, np.ndarray) and x.dtype in kinds for x in jax.tree.leaves(fidelity)):
+        return fidelity
     return jax.tree.map(_plain, fidelity)
 
 
-def _plain(leaf: Any) -> Array:
+def _plain(leaf: Any) -> Any:
     whole = jnp.issubdtype(jnp.result_type(leaf), jnp.integer)
-    return jnp.asarray(leaf, jnp.int32 if whole else jnp.result_type(float))
+    xp = jnp if isinstance(leaf, jax.Array) else np
+    return xp.asarray(leaf, np.int32 if whole else jnp.result_type(float))
 
 
 def _strong(leaf: Any) -> Array:
     return jnp.asarray(leaf, jnp.result_type(leaf))
 
 
-def _number(value: Any) -> Any:
+def _number(value: Any, real: Any) -> Any:
     if isinstance(value, np.generic | jax.ShapeDtypeStruct):
         return value
-    return np.asarray(value, jnp.result_type(float))[()]
+    return real.type(value)

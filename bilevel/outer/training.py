@@ -25,6 +25,7 @@ from bilevel.outer.tally import Tally
 from bilevel.outer.task import Task
 from bilevel.outer.update import ERRORS, Update, make_update
 from bilevel.refinement.fidelity import Fidelity
+from bilevel.refinement.namespace import on_host
 
 
 class NonFiniteStreak(Exception):  # noqa: N818
@@ -334,7 +335,7 @@ class Training:
 
 def limits(fidelity: Fidelity) -> dict[str, float | int | None]:
     """The numbers of a fidelity as fields of a record."""
-    host: Fidelity = jax.device_get(fidelity)
+    host: Fidelity = fidelity if on_host(fidelity) else jax.device_get(fidelity)
     level = None if host.level is None else int(host.level)
     fields: dict[str, float | int | None] = {"level": level}
     for prefix, budget in (("budget", host.budget), ("adjoint_budget", host.adjoint_budget)):

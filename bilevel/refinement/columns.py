@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Int
 
@@ -27,11 +28,11 @@ class Columns:
         return max(len(self.iterations), len(self.rtol), len(self.atol))
 
     def at(self, level: Int[Array, "..."] | int) -> Budget:
-        """The budget of a level, its fields arrays whether the level is traced or not."""
+        """The budget of a level, its fields arrays: NumPy's where the level is an int."""
 
         def entry(sequence: Sequence, dtype: Any) -> Array:
             if isinstance(level, int):
-                return jnp.asarray(sequence.value(level), dtype)
+                return np.asarray(sequence.value(level), dtype)  # pyright: ignore[reportReturnType]
             return sequence.at(level).astype(dtype)
 
         real = jnp.result_type(float)

@@ -2,21 +2,22 @@
 
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
 from bilevel.refinement.fidelity import Fidelity
+from bilevel.refinement.namespace import AnyArray
 
 
 class ControllerState(Protocol):
     """What every controller's state has; the rest is the controller's own."""
 
     @property
-    def level(self) -> Int[Array, ""]:
+    def level(self) -> Int[AnyArray, ""]:
         """Position on the ladder, int32."""
         ...
 
     @property
-    def rejected(self) -> Int[Array, ""]:
+    def rejected(self) -> Int[AnyArray, ""]:
         """How many measurements were unusable (NaN, infinite, of the wrong sign), int32."""
         ...
 

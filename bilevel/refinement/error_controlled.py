@@ -1,18 +1,17 @@
 """ErrorControlled: as accurate as the hypergradient needs, and no more."""
 
-import functools
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 
 from bilevel.refinement.arguments import checked
 from bilevel.refinement.fidelity import Fidelity
-from bilevel.refinement.ladder import Ladder
+from bilevel.refinement.ladder import Ladder, fidelity_at
 from bilevel.refinement.measurement import measured, saturating_increment
+from bilevel.refinement.namespace import AnyArray, Namespace, decided
 
 _LONGEST_STRIDE = 2**24
 
@@ -21,7 +20,7 @@ Fraction = Annotated[
 ]
 
 
-class ErrorControlledState(eqx.Module):
+class ErrorControlledState(NamedTuple):
     """Where both solves stand.
 
     - `level`, `adjoint_level`: positions on the ladder of the primal and the adjoint
@@ -35,14 +34,14 @@ class ErrorControlledState(eqx.Module):
         coarser, int32.
     """
 
-    level: Int[Array, ""]
-    rejected: Int[Array, ""]
-    adjoint_level: Int[Array, ""]
-    accepted: Bool[Array, ""]
-    stride: Int[Array, ""]
-    adjoint_stride: Int[Array, ""]
-    quiet: Int[Array, ""]
-    adjoint_quiet: Int[Array, ""]
+    level: Int[AnyArray, ""]
+    rejected: Int[AnyArray, ""]
+    adjoint_level: Int[AnyArray, ""]
+    accepted: Bool[AnyArray, ""]
+    stride: Int[AnyArray, ""]
+    adjoint_stride: Int[AnyArray, ""]
+    quiet: Int[AnyArray, ""]
+    adjoint_quiet: Int[AnyArray, ""]
 
 
 class ErrorControlled(eqx.Module):
@@ -142,14 +141,14 @@ class ErrorControlled(eqx.Module):
     def init(self) -> ErrorControlledState:
         """The state before the first hypergradient, both solves at the coarsest level."""
         return ErrorControlledState(
-            level=jnp.zeros((), jnp.int32),
-            rejected=jnp.zeros((), jnp.int32),
-            adjoint_level=jnp.zeros((), jnp.int32),
-            accepted=jnp.zeros((), bool),
-            stride=jnp.ones((), jnp.int32),
-            adjoint_stride=jnp.ones((), jnp.int32),
-            quiet=jnp.zeros((), jnp.int32),
-            adjoint_quiet=jnp.zeros((), jnp.int32),
+            level=np.zeros((), np.int32),
+            rejected=np.zeros((), np.int32),
+            adjoint_level=np.zeros((), np.int32),
+            accepted=np.zeros((), bool),
+            stride=np.ones((), np.int32),
+            adjoint_stride=np.ones((), np.int32),
+            quiet=np.zeros((), np.int32),
+            adjoint_quiet=np.zeros((), np.int32),
         )
 
     def update(
@@ -192,12 +191,12 @@ class ErrorControlled(eqx.Module):
                 measured(owner, f"error.{part}", getattr(error, part))
                 for part in ("primal", "adjoint", "total")
             )
-            return _decided(state, norm, (primal, adjoint, total), rule)
-        return _decided(state, norm, (measured(owner, "error", error),), rule)
+            return _decided(rule, state, norm, (primal, adjoint, total))
+        return _decided(rule, state, norm, (measured(owner, "error", error),))
 
     def fidelity(self, state: ErrorControlledState) -> Fidelity:
         """The primal budget of one level, the adjoint budget of the other."""
-        return self.ladder.fidelity(state.level, adjoint_level=state.adjoint_level)
+        return fidelity_at(self.ladder, state.level, state.adjoint_level)
 
 
 class _Rule(NamedTuple):
@@ -209,29 +208,29 @@ class _Rule(NamedTuple):
 
 
 class _Place(NamedTuple):
-    level: Int[Array, ""]
-    stride: Int[Array, ""]
-    quiet: Int[Array, ""]
+    level: Int[AnyArray, ""]
+    stride: Int[AnyArray, ""]
+    quiet: Int[AnyArray, ""]
 
 
-# Compiled, so that a plain Python loop makes one call instead of sixty.
-@functools.partial(jax.jit, static_argnames="rule")
+@decided
 def _decided(
-    state: ErrorControlledState,
-    norm: Float[Array, ""],
-    error: tuple[Float[Array, ""], ...],
+    xp: Namespace,
     rule: _Rule,
+    state: ErrorControlledState,
+    norm: Float[AnyArray, ""],
+    error: tuple[Float[AnyArray, ""], ...],
 ) -> ErrorControlledState:
-    known = _usable(norm)
-    allowed = (1.0 - rule.eta) * jnp.where(known, norm, 0)
+    known = _usable(xp, norm)
+    allowed = (1.0 - rule.eta) * xp.where(known, norm, xp.zeros_like(norm))
     # One error for both solves counts against the whole allowance, a part against half.
     primal, adjoint, total = error if len(error) == 3 else error * 3
     share = 0.5 * allowed if len(error) == 3 else allowed
 
-    usable = known & _usable(primal) & _usable(adjoint) & _usable(total)
+    usable = known & _usable(xp, primal) & _usable(xp, adjoint) & _usable(xp, total)
     accepted = usable & (total <= allowed)
-    primal_blamed = ~(known & _usable(primal) & (primal <= share))
-    adjoint_blamed = ~(known & _usable(adjoint) & (adjoint <= share))
+    primal_blamed = ~(known & _usable(xp, primal) & (primal <= share))
+    adjoint_blamed = ~(known & _usable(xp, adjoint) & (adjoint <= share))
     # Parts that each keep to their share may still not add up to an accepted total.
     neither = ~primal_blamed & ~adjoint_blamed
     primal_blamed |= neither & (primal >= adjoint)
@@ -240,12 +239,14 @@ def _decided(
     adjoint_stuck = adjoint_blamed & (state.adjoint_level >= rule.top)
 
     first = _moved(
+        xp,
         _Place(state.level, state.stride, state.quiet),
         tighten=~accepted & (primal_blamed | adjoint_stuck),
         small=accepted & (primal <= rule.margin * share),
         rule=rule,
     )
     second = _moved(
+        xp,
         _Place(state.adjoint_level, state.adjoint_stride, state.adjoint_quiet),
         tighten=~accepted & (adjoint_blamed | primal_stuck),
         small=accepted & (adjoint <= rule.margin * share),
@@ -253,7 +254,7 @@ def _decided(
     )
     return ErrorControlledState(
         level=first.level,
-        rejected=jnp.where(usable, state.rejected, saturating_increment(state.rejected)),
+        rejected=xp.where(usable, state.rejected, saturating_increment(state.rejected)),
         adjoint_level=second.level,
         accepted=accepted,
         stride=first.stride,
@@ -263,19 +264,25 @@ def _decided(
     )
 
 
-def _moved(place: _Place, tighten: Bool[Array, ""], small: Bool[Array, ""], rule: _Rule) -> _Place:
-    up = jnp.minimum(place.stride, rule.top - place.level)
-    quiet = jnp.where(small, saturating_increment(place.quiet), 0)
-    back = jnp.zeros((), bool) if rule.patience is None else quiet >= rule.patience
-    down = jnp.minimum(back.astype(jnp.int32), place.level)
+def _moved(
+    xp: Namespace,
+    place: _Place,
+    tighten: Bool[AnyArray, ""],
+    small: Bool[AnyArray, ""],
+    rule: _Rule,
+) -> _Place:
+    up = xp.minimum(place.stride, rule.top - place.level)
+    quiet = xp.where(small, saturating_increment(place.quiet), 0)
+    back = xp.zeros_like(small) if rule.patience is None else quiet >= rule.patience
+    down = xp.minimum(back.astype(np.int32), place.level)
     # Strides beyond the ladder say nothing more, and must not grow out of int32.
-    longer = jnp.minimum(place.stride, min(rule.top, _LONGEST_STRIDE) + 1) * rule.growth
+    longer = xp.minimum(place.stride, min(rule.top, _LONGEST_STRIDE) + 1) * rule.growth
     return _Place(
-        level=place.level + jnp.where(tighten, up, -down),
-        stride=jnp.where(tighten, longer, 1),
-        quiet=jnp.where(back, 0, quiet),
+        level=place.level + xp.where(tighten, up, -down),
+        stride=xp.where(tighten, longer, 1),
+        quiet=xp.where(back, 0, quiet),
     )
 
 
-def _usable(value: Float[Array, ""]) -> Bool[Array, ""]:
-    return jnp.isfinite(value) & (value >= 0)
+def _usable(xp: Namespace, value: Float[AnyArray, ""]) -> Bool[AnyArray, ""]:
+    return xp.isfinite(value) & (value >= 0)

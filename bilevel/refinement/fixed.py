@@ -1,22 +1,24 @@
 """FixedFidelity: the same fidelity throughout."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
 from bilevel.budget import Budget
 from bilevel.refinement.fidelity import Fidelity, as_fidelity
+from bilevel.refinement.namespace import AnyArray
 
 
-class FixedState(eqx.Module):
+class FixedState(NamedTuple):
     """Nothing changes: both are 0 for good."""
 
-    level: Int[Array, ""]
-    rejected: Int[Array, ""]
+    level: Int[AnyArray, ""]
+    rejected: Int[AnyArray, ""]
 
 
 class FixedFidelity(eqx.Module):
@@ -56,7 +58,7 @@ class FixedFidelity(eqx.Module):
 
     def init(self) -> FixedState:
         """The state before training."""
-        return FixedState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+        return FixedState(np.zeros((), np.int32), np.zeros((), np.int32))
 
     def update(
         self,
@@ -82,14 +84,15 @@ class FixedFidelity(eqx.Module):
 
 
 def _number(leaf: Any) -> Any:
-    if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.ndim == 0:
+    scalar = isinstance(leaf, jax.Array | np.ndarray | np.generic) and leaf.ndim == 0
+    if scalar and not isinstance(leaf, Tracer):
         return leaf.item()
     return leaf
 
 
-def _array(leaf: Any) -> Array:
+def _array(leaf: Any) -> Any:
     # Without a dtype a Python number becomes an array that is weakly typed, and so not the
     # same to a compiled function as an array of the same dtype.
     if isinstance(leaf, int):
-        return jnp.asarray(leaf, jnp.int32)
-    return jnp.asarray(leaf, jnp.result_type(float)) if isinstance(leaf, float) else leaf
+        return np.asarray(leaf, np.int32)
+    return np.asarray(leaf, jnp.result_type(float)) if isinstance(leaf, float) else leaf

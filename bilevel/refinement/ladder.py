@@ -1,13 +1,16 @@
 """Ladder: fidelities in order, coarse to fine."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+import numpy as np
+from jaxtyping import Int
 from pydantic import Field
 
 from bilevel.budget import UNLIMITED, Budget
@@ -15,10 +18,12 @@ from bilevel.refinement.arguments import Cap, Count, Growth, Reduction, Schedule
 from bilevel.refinement.columns import Columns, looked_up
 from bilevel.refinement.fidelity import Fidelity, as_fidelity
 from bilevel.refinement.level import placed
+from bilevel.refinement.namespace import AnyArray
 from bilevel.refinement.sequence import Arithmetic, Formula, Number, Table
 from bilevel.refinement.static import StaticParts
 
 _LONGEST_LIST = 100_000
+_KEPT = 4096
 
 
 class Ladder(eqx.Module):
@@ -281,9 +286,9 @@ class Ladder(eqx.Module):
 
     def fidelity(
         self,
-        level: Int[Array, "..."] | int,
+        level: Int[AnyArray, "..."] | int,
         *,
-        adjoint_level: Int[Array, "..."] | int | None = None,
+        adjoint_level: Int[AnyArray, "..."] | int | None = None,
     ) -> Fidelity:
         """The fidelity of a level.
 
@@ -291,7 +296,7 @@ class Ladder(eqx.Module):
 
         - `level`: position, from 0 (coarsest) to ``len(ladder) - 1``; an int, or an
             integer array of any shape, traced or not. Arrays beyond the ends are taken
-            to the nearest end.
+            to the nearest end. One that lies on the host is looked up there.
         - `adjoint_level`: position that the adjoint budget is taken from, where it is
             not `level`.
 
@@ -307,20 +312,7 @@ class Ladder(eqx.Module):
         >>> int(fidelity.budget.iterations), int(fidelity.level)
         (40, 3)
         """
-        # A static part is chosen by the host, which therefore has to know the level.
-        concrete, count = not self.has_one_shape, len(self)
-        place = placed("level", level, count, concrete=concrete)
-        other = place
-        if adjoint_level is not None:
-            other = placed("adjoint_level", adjoint_level, count, concrete=concrete)
-        static = self.static.at(place)
-        if isinstance(place, int) and isinstance(other, int):
-            adjoint = None if self.adjoint is None else self.adjoint.at(other)
-            return Fidelity(self.primal.at(place), adjoint, jnp.int32(place), static=static)
-        budget, adjoint, position = looked_up(
-            self.primal, self.adjoint, count, jnp.asarray(place), jnp.asarray(other)
-        )
-        return Fidelity(budget, adjoint, position, static=static)
+        return fidelity_at(self, level, adjoint_level)
 
     @property
     def coarsest(self) -> Fidelity:
@@ -341,6 +333,10 @@ class Ladder(eqx.Module):
     def has_one_shape(self) -> bool:
         """Whether all levels have the same static parts, so that one compilation serves all."""
         return len(self.static) == 1
+
+    def __hash__(self) -> int:
+        """By value."""
+        return hash((self.primal, self.adjoint, self.static))
 
     def __len__(self) -> int:
         """Number of levels."""
@@ -398,3 +394,36 @@ def _bounded(owner: str, levels: int) -> None:
             f"Use a larger step between levels."
         )
         raise ValueError(msg)
+
+
+def fidelity_at(
+    ladder: Ladder,
+    level: Int[AnyArray, "..."] | int,
+    adjoint_level: Int[AnyArray, "..."] | int | None = None,
+) -> Fidelity:
+    """`Ladder.fidelity`, without what it costs to look up a method of a module."""
+    # A static part is chosen by the host, which therefore has to know the level.
+    concrete, count = not ladder.has_one_shape, len(ladder)
+    place = placed("level", level, count, concrete=concrete)
+    other = place
+    if adjoint_level is not None:
+        other = placed("adjoint_level", adjoint_level, count, concrete=concrete)
+    static = ladder.static.at(place)
+    if isinstance(place, int) and isinstance(other, int):
+        return _kept(ladder, place, other, jnp.result_type(float))
+    budget, adjoint, position = looked_up(
+        ladder.primal, ladder.adjoint, count, jnp.asarray(place), jnp.asarray(other)
+    )
+    return Fidelity(budget, adjoint, position, static=static)
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def _kept(ladder: Ladder, level: int, adjoint_level: int, real: Any) -> Fidelity:
+    """The fidelity of a level on the host, put together once: a loop asks every epoch."""
+    del real  # the default float is part of the key
+    adjoint = None if ladder.adjoint is None else ladder.adjoint.at(adjoint_level)
+    place: Any = np.asarray(level, np.int32)
+    fidelity = Fidelity(ladder.primal.at(level), adjoint, place, static=ladder.static.at(level))
+    for leaf in jax.tree.leaves(fidelity):
+        leaf.flags.writeable = False
+    return fidelity

@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Int
+from jaxtyping import Int
+
+from bilevel.refinement.namespace import AnyArray
 
 
 def placed(
-    name: str, level: Int[Array, "..."] | int, count: int, *, concrete: bool
-) -> Int[Array, "..."] | int:
+    name: str, level: Int[AnyArray, "..."] | int, count: int, *, concrete: bool
+) -> Int[AnyArray, "..."] | int:
     """A level as an int on the ladder, or as an array that may lie beyond its ends.
 
     **Arguments:**
@@ -17,8 +19,8 @@ def placed(
     - `name`: of the argument, for the message.
     - `level`: an int, or an integer array of any shape, traced or not.
     - `count`: number of levels of the ladder.
-    - `concrete`: whether to wait for a concrete array and take the int it holds, rather
-        than to leave it on its device.
+    - `concrete`: whether to wait for a concrete array of JAX and take the int it holds,
+        rather than to leave it on its device.
 
     **Returns:** the level.
 
@@ -38,7 +40,8 @@ def placed(
             msg = f"Ladder.fidelity: {name} should be from 0 to {count - 1}, got {level}."
             raise IndexError(msg)
         return int(level)
-    if concrete and not isinstance(level, Tracer) and not level.ndim:
+    known = isinstance(level, np.ndarray) or (concrete and not isinstance(level, Tracer))
+    if known and not level.ndim:
         return min(max(int(level), 0), count - 1)
     return jnp.asarray(level)
 

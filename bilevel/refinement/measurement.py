@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
+
+from bilevel.refinement.namespace import AnyArray
 
 
-def measured(owner: str, name: str, value: Any) -> Float[Array, ""]:
+def measured(owner: str, name: str, value: Any) -> Float[AnyArray, ""]:
     """Read one real scalar, from JAX, NumPy, Python or another library.
 
     float32 stays float32 and float64 stays float64; half precision is widened to
@@ -22,17 +24,22 @@ def measured(owner: str, name: str, value: Any) -> Float[Array, ""]:
     - `owner`, `name`: who asks, and for which argument: for the message.
     - `value`: a real scalar, possibly traced.
 
-    **Returns:** the value, a floating array of shape ``()``.
+    **Returns:** the value, a floating array of shape ``()``: JAX's if the value is one,
+    NumPy's otherwise.
 
     **Raises:** `ValueError` for any other shape, `TypeError` for what is no real number.
 
     >>> measured("Example", "metric", 0.5).shape
     ()
     """
-    if isinstance(value, jax.Array | np.ndarray | np.generic):
-        array = jnp.asarray(value)
-    else:
-        array = jnp.asarray(_converted(owner, name, value), jnp.result_type(float))
+    array: Any = value
+    if type(value) is np.float32:
+        return array
+    if isinstance(value, np.ndarray | np.generic):
+        # float64 stays only where JAX would keep it, too: both have to decide alike.
+        array = np.asarray(value, jax.dtypes.canonicalize_dtype(np.asarray(value).dtype))
+    elif not isinstance(value, jax.Array):
+        array = np.asarray(_converted(owner, name, value), jnp.result_type(float))
     if array.shape != ():
         msg = (
             f"{owner}: {name} should be one number, got shape {array.shape}. "
@@ -56,7 +63,6 @@ def _converted(owner: str, name: str, value: Any) -> float:
     raise TypeError(msg)
 
 
-def saturating_increment(count: Array) -> Array:
+def saturating_increment(count: AnyArray) -> AnyArray:
     """One more, except at the end of the dtype, where a counter stays instead of wrapping."""
-    last = jnp.iinfo(count.dtype).max
-    return jnp.where(count < last, count + 1, last)
+    return count + (count < np.iinfo(count.dtype).max)

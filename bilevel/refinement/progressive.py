@@ -1,25 +1,25 @@
 """ProgressiveRefinement: refine where training has come to a stand."""
 
-import functools
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 from pydantic import Field
 
 from bilevel.refinement.arguments import checked
 from bilevel.refinement.fidelity import Fidelity
-from bilevel.refinement.ladder import Ladder
+from bilevel.refinement.ladder import Ladder, fidelity_at
 from bilevel.refinement.measurement import measured, saturating_increment
+from bilevel.refinement.namespace import AnyArray, Namespace, decided
 
 Threshold = Annotated[
     float, Field(gt=0.0, le=1.0, description="It is a ratio of two metrics, such as 0.9.")
 ]
 
 
-class ProgressiveState(eqx.Module):
+class ProgressiveState(NamedTuple):
     """What the rule remembers.
 
     - `level`: position on the ladder, int32.
@@ -31,12 +31,12 @@ class ProgressiveState(eqx.Module):
         from where on the rule is in force.
     """
 
-    level: Int[Array, ""]
-    rejected: Int[Array, ""]
-    checkpoint: Float[Array, ""]
-    smoothed: Float[Array, " error_window"]
-    newest: Int[Array, ""]
-    entries: Int[Array, ""]
+    level: Int[AnyArray, ""]
+    rejected: Int[AnyArray, ""]
+    checkpoint: Float[AnyArray, ""]
+    smoothed: Float[AnyArray, " error_window"]
+    newest: Int[AnyArray, ""]
+    entries: Int[AnyArray, ""]
 
 
 class ProgressiveRefinement(eqx.Module):
@@ -135,12 +135,12 @@ class ProgressiveRefinement(eqx.Module):
         """
         real = jnp.result_type(float)
         return ProgressiveState(
-            level=jnp.zeros((), jnp.int32),
-            rejected=jnp.zeros((), jnp.int32),
-            checkpoint=jnp.asarray(self.checkpoint, real),
-            smoothed=jnp.zeros((self.error_window,), real),
-            newest=jnp.zeros((), jnp.int32),
-            entries=jnp.zeros((), jnp.int32),
+            level=np.zeros((), np.int32),
+            rejected=np.zeros((), np.int32),
+            checkpoint=np.asarray(self.checkpoint, real),
+            smoothed=np.zeros((self.error_window,), real),
+            newest=np.zeros((), np.int32),
+            entries=np.zeros((), np.int32),
         )
 
     def update(
@@ -174,11 +174,11 @@ class ProgressiveRefinement(eqx.Module):
             self.error_window,
             len(self.ladder) - 1,
         )
-        return _taken(state, entry, rule)
+        return _taken(rule, state, entry)
 
     def fidelity(self, state: ProgressiveState) -> Fidelity:
         """The fidelity of the state's level."""
-        return self.ladder.fidelity(state.level)
+        return fidelity_at(self.ladder, state.level)
 
 
 class _Rule(NamedTuple):
@@ -189,13 +189,14 @@ class _Rule(NamedTuple):
     last: int
 
 
-# Compiled, so that a plain Python loop makes one call instead of thirty.
-@functools.partial(jax.jit, static_argnames="rule")
-def _taken(state: ProgressiveState, entry: Float[Array, ""], rule: _Rule) -> ProgressiveState:
+@decided
+def _taken(
+    xp: Namespace, rule: _Rule, state: ProgressiveState, entry: Float[Array, ""]
+) -> ProgressiveState:
     kept = state.smoothed.dtype
     dtype = entry.dtype if entry.dtype.itemsize < kept.itemsize else kept
-    usable = jnp.isfinite(entry) & (entry >= 0)
-    entry = jnp.where(usable, entry, 0).astype(dtype)
+    usable = xp.isfinite(entry) & (entry >= 0)
+    entry = xp.where(usable, entry, xp.zeros_like(entry)).astype(dtype)
     smoothed = state.smoothed.astype(dtype)
     checkpoint = state.checkpoint.astype(dtype)
 
@@ -205,30 +206,30 @@ def _taken(state: ProgressiveState, entry: Float[Array, ""], rule: _Rule) -> Pro
         # As an increment a metric that does not move leaves the average as it is, to the
         # last bit; as a weighted sum it would wander, and rounding would pass for a rise.
         average = before + rule.weight * (entry - before)
-        latest = jnp.where(state.entries == 0, entry, average)
+        latest = xp.where(state.entries == 0, entry, average)
     newest = (state.newest + 1) % rule.window
-    smoothed = smoothed.at[newest].set(latest)
-    entries = jnp.minimum(state.entries + 1, rule.window + 1)
+    smoothed = xp.where(xp.arange(rule.window) == newest, latest, smoothed)
+    entries = xp.minimum(state.entries + 1, rule.window + 1)
     # In a ring of that many entries the oldest one follows the newest one.
     oldest = smoothed[(newest + 1) % rule.window]
 
-    standing = _ratio(latest, oldest) > rule.stepping
-    left = _ratio(latest, checkpoint)
+    standing = _ratio(xp, latest, oldest) > rule.stepping
+    left = _ratio(xp, latest, checkpoint)
     paid_or_worse = (left < rule.stopping) | (left > 1)
     refine = usable & (entries > rule.window) & standing & paid_or_worse
 
     return ProgressiveState(
-        level=jnp.minimum(state.level + refine.astype(jnp.int32), rule.last),
-        rejected=jnp.where(usable, state.rejected, saturating_increment(state.rejected)),
-        checkpoint=jnp.where(refine, latest.astype(kept), state.checkpoint),
-        smoothed=jnp.where(usable, smoothed.astype(kept), state.smoothed),
-        newest=jnp.where(usable, newest, state.newest),
-        entries=jnp.where(usable, entries, state.entries),
+        level=xp.minimum(state.level + refine.astype(np.int32), rule.last),
+        rejected=xp.where(usable, state.rejected, saturating_increment(state.rejected)),
+        checkpoint=xp.where(refine, latest.astype(kept), state.checkpoint),
+        smoothed=xp.where(usable, smoothed.astype(kept), state.smoothed),
+        newest=xp.where(usable, newest, state.newest),
+        entries=xp.where(usable, entries, state.entries),
     )
 
 
-def _ratio(numerator: Float[Array, ""], denominator: Float[Array, ""]) -> Float[Array, ""]:
+def _ratio(xp: Namespace, numerator: Any, denominator: Any) -> Any:
     """Numerator over denominator, both >= 0; 0 / 0 counts as 0: a metric that is zero falls."""
-    safe = jnp.where(denominator > 0, denominator, 1)
-    beyond = jnp.where(numerator > 0, jnp.inf, 0).astype(numerator.dtype)
-    return jnp.where(denominator > 0, numerator / safe, beyond)
+    safe = xp.where(denominator > 0, denominator, xp.ones_like(denominator))
+    beyond = xp.where(numerator > 0, xp.inf, 0).astype(numerator.dtype)
+    return xp.where(denominator > 0, numerator / safe, beyond)

@@ -4,23 +4,26 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 from pydantic import Field
 
 from bilevel.refinement.arguments import Reduction, Schedule, Tolerance, checked
 from bilevel.refinement.fidelity import Fidelity
-from bilevel.refinement.ladder import Ladder
+from bilevel.refinement.ladder import Ladder, fidelity_at
 from bilevel.refinement.measurement import measured, saturating_increment
+from bilevel.refinement.namespace import AnyArray, Namespace, decided, on_host
 
 _POWERS = {"quadratic": 2, "cubic": 3}
 
 
-class ScheduledState(eqx.Module):
+class ScheduledState(NamedTuple):
     """Where the schedule stands.
 
     - `level`: position on the ladder, int32.
@@ -28,9 +31,9 @@ class ScheduledState(eqx.Module):
     - `updates`: updates so far, int32.
     """
 
-    level: Int[Array, ""]
-    rejected: Int[Array, ""]
-    updates: Int[Array, ""]
+    level: Int[AnyArray, ""]
+    rejected: Int[AnyArray, ""]
+    updates: Int[AnyArray, ""]
 
 
 class ScheduledFidelity(eqx.Module):
@@ -107,8 +110,8 @@ class ScheduledFidelity(eqx.Module):
 
     def init(self) -> ScheduledState:
         """The state before training: the schedule's level for no update."""
-        start = ScheduledState(*(jnp.zeros((), jnp.int32) for _ in range(3)))
-        return _moved(start, start.updates, self.schedule, len(self.ladder) - 1)
+        start = ScheduledState(*(np.zeros((), np.int32) for _ in range(3)))
+        return self._moved(start, start.updates)
 
     def update(
         self,
@@ -128,31 +131,40 @@ class ScheduledFidelity(eqx.Module):
         **Returns:** the new state.
         """
         del metric, gradient_norm, error
-        updates = saturating_increment(state.updates)
-        return _moved(state, updates, self.schedule, len(self.ladder) - 1)
+        return self._moved(state, saturating_increment(state.updates))
 
     def fidelity(self, state: ScheduledState) -> Fidelity:
         """The fidelity of the state's level."""
-        return self.ladder.fidelity(state.level)
+        return fidelity_at(self.ladder, state.level)
+
+    def _moved(self, state: ScheduledState, updates: AnyArray) -> ScheduledState:
+        wanted = None
+        if self.schedule is not None:
+            # The schedule is anyone's, and computes with JAX whatever it is told.
+            wanted = _scheduled(self.schedule, updates)
+            if on_host(updates) and not isinstance(wanted, Tracer):
+                wanted = np.asarray(wanted)
+        return _placed(len(self.ladder) - 1, state, updates, wanted)
 
 
-# Compiled, so that a plain Python loop makes one call instead of a dozen.
-@functools.partial(jax.jit, static_argnames=("schedule", "last"))
-def _moved(
-    state: ScheduledState,
-    updates: Int[Array, ""],
-    schedule: Callable[[Any], Any] | None,
-    last: int,
+@functools.partial(jax.jit, static_argnums=0)
+def _scheduled(schedule: Callable[[Any], Any], updates: Int[Array, ""]) -> Float[Array, ""]:
+    return jnp.asarray(measured("ScheduledFidelity", "schedule(updates)", schedule(updates)))
+
+
+@decided
+def _placed(
+    xp: Namespace, last: int, state: ScheduledState, updates: Any, wanted: Any
 ) -> ScheduledState:
-    if schedule is None:
-        return ScheduledState(jnp.minimum(updates, last), state.rejected, updates)
-    wanted = measured("ScheduledFidelity", "schedule(updates)", schedule(updates))
-    usable = jnp.isfinite(wanted)
+    if wanted is None:
+        return ScheduledState(xp.minimum(updates, last), state.rejected, updates)
+    usable = xp.isfinite(wanted)
     # Bounded before the conversion, for a float beyond int32 has no defined integer, and
     # after it, for a float32 may round the end of a very long ladder up.
-    inside = jnp.rint(jnp.clip(jnp.where(usable, wanted, 0), 0, last)).astype(jnp.int32)
-    level = jnp.where(usable, jnp.minimum(inside, last), state.level)
-    rejected = jnp.where(usable, state.rejected, saturating_increment(state.rejected))
+    inside = xp.clip(xp.where(usable, wanted, xp.zeros_like(wanted)), 0, last)
+    inside = xp.rint(inside).astype(np.int32)
+    level = xp.where(usable, xp.minimum(inside, last), state.level)
+    rejected = xp.where(usable, state.rejected, saturating_increment(state.rejected))
     return ScheduledState(level, rejected, updates)
 
 

@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
 from bilevel.budget import Budget
 from bilevel.refinement.fidelity import Fidelity
+from bilevel.refinement.namespace import AnyArray
 
 Parts: TypeAlias = tuple[tuple[str, Any], ...]
 """Names and values of one level, as a `Fidelity` holds them."""
@@ -28,7 +29,7 @@ class StaticParts:
         """Number of entries."""
         return len(self.levels)
 
-    def at(self, level: Int[Array, "..."] | int) -> Parts:
+    def at(self, level: Int[AnyArray, "..."] | int) -> Parts:
         """The parts of a level, which has to be concrete where they differ."""
         if len(self.levels) == 1:
             return self.levels[0]

@@ -150,3 +150,25 @@ def test_an_adjoint_probe_is_the_adjoint_solution():
 def test_something_else_for_a_probe_is_refused():
     with pytest.raises(TypeError, match="probe must be a Probe or AdjointProbe"):
         value(RIDGE.theta, 0.0)
+
+
+@pytest.mark.parametrize("name", ["Implicit", "Unrolled", "OneStep", "Neumann", "Nystrom"])
+def test_from_inside_grad_the_error_estimate_is_that_of_hypergradient(name: str):
+    estimator = getattr(bl, name)()
+    options = OPTIONS | {"estimator": estimator}
+
+    def outer(theta: Any, probe: Any) -> Any:
+        solution = bl.solve(RIDGE.problem, theta, RIDGE.x0, probe=probe, **options)
+        return loss(solution.value, theta), solution
+
+    differentiated = jitted(jax.grad(outer, argnums=(0, 1), has_aux=True))
+    (gradient, detail), solution = differentiated(RIDGE.theta, bl.AdjointProbe.zeros(RIDGE.x0))
+    got = bl.truncation_error(
+        loss, RIDGE.problem, RIDGE.theta, solution, gradient, detail, estimator=estimator
+    )
+    expected = bl.hypergradient(loss, RIDGE.problem, RIDGE.theta, RIDGE.x0, **options).error
+    assert float(got.total) > 1e-6, "the test shows nothing without an error"
+    for part in ("primal", "adjoint", "total"):
+        np.testing.assert_allclose(
+            getattr(got, part), getattr(expected, part), rtol=1e-6, atol=1e-12
+        )
