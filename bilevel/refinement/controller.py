@@ -41,11 +41,12 @@ class Controller(Protocol[StateT]):
     To write one, give a class these three methods and the class attribute; it need not
     inherit.
 
-    >>> import equinox as eqx, jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
+    >>> from typing import NamedTuple
     >>> from bilevel.budget import Budget
-    >>> class DoublingState(eqx.Module):
-    ...     level: Int[Array, ""]
-    ...     rejected: Int[Array, ""]
+    >>> class DoublingState(NamedTuple):
+    ...     level: jax.Array
+    ...     rejected: jax.Array
     >>> class Doubling:
     ...     requires = frozenset()
     ...
