@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
@@ -12,8 +13,21 @@ from jaxtyping import Array, Float, PyTree
 from bilevel import vector
 from bilevel.operator import LinearOperator
 
+BLOCKS = 4
+"""Block rows that a lower triangle is computed in: 10 of 16 blocks instead of all."""
 
-def dense_matrix(operator: LinearOperator, like: PyTree) -> Float[Array, "n n"]:
+SMALLEST = 128
+"""Below so many unknowns a product in blocks saves nothing."""
+
+ENTRYWISE = frozenset(
+    {"add", "add_any", "sub", "mul", "div", "neg", "convert_element_type", "copy", "reshape"}
+)
+"""Primitives whose outcome at one place depends on their operands at that place alone."""
+
+
+def dense_matrix(
+    operator: LinearOperator, like: PyTree, *, lower: bool = False
+) -> Float[Array, "n n"]:
     """The matrix of an operator: its own, or made by applying it to every unit vector.
 
     Made so, it acts on real coordinates: real and imaginary parts of complex unknowns are
@@ -22,6 +36,8 @@ def dense_matrix(operator: LinearOperator, like: PyTree) -> Float[Array, "n n"]:
     **Arguments:**
 
     - `like`: a vector of the space, for its structure, shapes and dtypes.
+    - `lower`: whether the lower triangle is all that matters, the operator being symmetric;
+        what is above the diagonal may then be anything.
     """
     if operator.matrix is not None:
         return operator.matrix
@@ -29,7 +45,8 @@ def dense_matrix(operator: LinearOperator, like: PyTree) -> Float[Array, "n n"]:
     size = flatten(like).size
     unit = jnp.zeros(size, vector.real_dtype(like))
     # Row i is A eᵢ, that is column i of A.
-    rows = apply_to_identity(lambda v: flatten(operator.matvec(unflatten(v))), unit)
+    lower = lower and operator.symmetric is True
+    rows = apply_to_identity(lambda v: flatten(operator.matvec(unflatten(v))), unit, lower=lower)
     return rows if operator.symmetric else rows.T
 
 
@@ -59,7 +76,9 @@ def _as_real(v: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else leaf, v)
 
 
-def apply_to_identity(function: Callable[[Array], Array], like: Array) -> Float[Array, "n m"]:
+def apply_to_identity(
+    function: Callable[[Array], Array], like: Array, *, lower: bool = False
+) -> Float[Array, "n m"]:
     """A linear function applied to every unit vector: row i is function(eᵢ).
 
     The same as `jax.vmap(function)(jnp.eye(n))`, but a matrix that meets the identity is
@@ -70,9 +89,11 @@ def apply_to_identity(function: Callable[[Array], Array], like: Array) -> Float[
 
     - `function`: linear, traceable, from (n,) to (m,).
     - `like`: an array of shape (n,), for its dtype.
+    - `lower`: whether entry j of row i matters only where j ≤ i.
     """
     closed = jax.make_jaxpr(function)(like)
-    (outcome,) = _evaluate(closed.jaxpr, closed.consts, [_Identity(like.shape[0], like.dtype)])
+    identity = _Identity(like.shape[0], like.dtype)
+    (outcome,) = _evaluate(closed.jaxpr, closed.consts, [identity], lower=lower)
     if isinstance(outcome, _Rows | _Identity):
         return outcome.rows()
     return jnp.broadcast_to(outcome, (like.shape[0], *jnp.shape(outcome)))
@@ -99,7 +120,8 @@ class _Rows:
         return self.values
 
 
-def _evaluate(jaxpr: core.Jaxpr, consts: Any, inputs: list[Any]) -> list[Any]:
+def _evaluate(jaxpr: core.Jaxpr, consts: Any, inputs: list[Any], *, lower: bool) -> list[Any]:
+    needed_whole = _needed_whole(jaxpr, lower=lower)
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, inputs, strict=True))
 
@@ -108,23 +130,49 @@ def _evaluate(jaxpr: core.Jaxpr, consts: Any, inputs: list[Any]) -> list[Any]:
 
     for equation in jaxpr.eqns:
         values = [read(atom) for atom in equation.invars]
-        env.update(zip(equation.outvars, _apply(equation, values), strict=True))
+        half = not needed_whole.intersection(equation.outvars)
+        env.update(zip(equation.outvars, _apply(equation, values, lower=half), strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _apply(equation: Any, values: list[Any]) -> list[Any]:
+def _needed_whole(jaxpr: core.Jaxpr, *, lower: bool) -> set[Any]:
+    """The variables of which more than entries j ≤ i are needed to know those of the result."""
+
+    def variables(atoms: Any) -> list[Any]:
+        return [atom for atom in atoms if not isinstance(atom, core.Literal)]
+
+    whole = set() if lower else set(variables(jaxpr.outvars))
+    for equation in reversed(jaxpr.eqns):
+        inputs = variables(equation.invars)
+        name = equation.primitive.name
+        shapes = {np.shape(atom.aval) for atom in variables((*inputs, *equation.outvars))} - {()}
+        entrywise = name in ENTRYWISE or (name in {"pjit", "jit"} and len(equation.outvars) == 1)
+        if name in {"pjit", "jit"} and entrywise:
+            inner = equation.params["jaxpr"].jaxpr
+            needed = _needed_whole(inner, lower=not whole.intersection(equation.outvars))
+            pairs = zip(equation.invars, inner.invars, strict=True)
+            whole.update(variables(outer for outer, own in pairs if own in needed))
+        elif not (entrywise and len(shapes) <= 1) or whole.intersection(equation.outvars):
+            whole.update(inputs)
+    return whole
+
+
+def _apply(equation: Any, values: list[Any], *, lower: bool) -> list[Any]:
     varying = [isinstance(value, _Identity | _Rows) for value in values]
     inner = equation.params.get("jaxpr")
     if any(varying) and equation.primitive.name in {"pjit", "jit"}:
-        return _evaluate(inner.jaxpr, inner.consts, values)
-    if isinstance(values[0], _Identity) and _leaves_as_is(equation):
+        return _evaluate(inner.jaxpr, inner.consts, values, lower=lower)
+    if len(values) == 1 and isinstance(values[0], _Identity) and _leaves_as_is(equation):
         return values
     product = _matrix_times_identity(equation, values)
+    if product is None and lower:
+        product = _lower_product(equation, values)
     if product is not None:
         return [product]
 
     def bind(*operands: Any) -> list[Any]:
-        outcome = equation.primitive.bind(*operands, **equation.params)
+        params = equation.primitive.get_bind_params(equation.params)
+        outcome = equation.primitive.bind(*operands, **params)
         return list(outcome) if equation.primitive.multiple_results else [outcome]
 
     if not any(varying):
@@ -161,4 +209,34 @@ def _matrix_times_identity(equation: Any, values: list[Any]) -> _Rows | None:
             # in minutes; behind a barrier it is no constant.
             slices = jax.lax.optimization_barrier(slices)
             return _Rows(slices.astype(equation.outvars[0].aval.dtype))
+    return None
+
+
+def _lower_product(equation: Any, values: list[Any]) -> _Rows | None:
+    """For a product of rows and a constant matrix: entries j ≤ i, and zeros instead of others.
+
+    Half of a symmetric product such as Xᵀ D X, which BLAS calls syrk and XLA has nothing
+    for.
+    """
+    if equation.primitive.name != "dot_general":
+        return None
+    contracting, batch = equation.params["dimension_numbers"]
+    if any(batch) or len(contracting[0]) != 1:
+        return None
+    for place, value in enumerate(values):
+        other = values[1 - place]
+        if not isinstance(value, _Rows) or isinstance(other, _Identity | _Rows):
+            continue
+        rows = value.rows()
+        matrix = jnp.moveaxis(other, contracting[1 - place][0], -1)
+        size = rows.shape[0]
+        if rows.ndim != 2 or matrix.ndim != 2 or matrix.shape[0] != size or size < SMALLEST:
+            return None
+        dtype = equation.outvars[0].aval.dtype
+        ends = [size * (block + 1) // BLOCKS for block in range(BLOCKS)]
+        parts = [
+            jnp.pad((rows[start:end] @ matrix[:end].T).astype(dtype), ((0, 0), (0, size - end)))
+            for start, end in zip([0, *ends], ends, strict=False)
+        ]
+        return _Rows(jnp.concatenate(parts))
     return None

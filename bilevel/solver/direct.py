@@ -87,9 +87,10 @@ class Direct(InnerSolver):
 def factorize(operator: LinearOperator, like: PyTree) -> Callable[[Any], Any]:
     """v -> A⁻¹v by a dense factorisation made here, once."""
     flatten, unflatten = _coordinates(operator, like)
-    matrix = dense_matrix(operator, like)
+    by_cholesky = bool(operator.symmetric and operator.positive_definite)
+    matrix = dense_matrix(operator, like, lower=by_cholesky)
     matrix = matrix.astype(jnp.result_type(matrix, flatten(like)))
-    if operator.symmetric and operator.positive_definite:
+    if by_cholesky:
         factors = jax.scipy.linalg.cho_factor(matrix, lower=True)
         return lambda v: unflatten(jax.scipy.linalg.cho_solve(factors, flatten(v)))
     pivoted = jax.scipy.linalg.lu_factor(matrix)
