@@ -11,18 +11,24 @@ from bilevel import vector
 from bilevel.bound import BoundProblem
 from bilevel.solution import Status
 from bilevel.solver.first_order import FirstOrderSolver
-from bilevel.solver.line_search import failure_of, first_length, objective_of, slack
+from bilevel.solver.line_search import (
+    failure_of,
+    first_length,
+    objective_of,
+    rounding_hides,
+    slack,
+)
 from bilevel.solver.parameter import positive, whole, within
 
 
 class ArmijoState(eqx.Module):
-    """Iterate and objective, last and first step length, first gradient norm, and counts."""
+    """Iterate and objective, last and first step length, largest gradient norm, and counts."""
 
     x: PyTree
     value: Float[Array, ""]
     length: Float[Array, ""]
     first_length: Float[Array, ""]
-    first_norm: Float[Array, ""]
+    largest_norm: Float[Array, ""]
     evaluations: Int[Array, ""]
     status: Int[Array, ""]
 
@@ -90,20 +96,22 @@ class ArmijoGradientDescent(FirstOrderSolver):
             value=jax.lax.stop_gradient(objective_of(problem)(x)),
             length=jax.lax.stop_gradient(length / growth),
             first_length=jax.lax.stop_gradient(length),
-            first_norm=norm,
+            largest_norm=norm,
             evaluations=jnp.int32(1 + products),
             status=jnp.int32(Status.CONVERGED),
         )
 
     def step(self, problem: BoundProblem, state: ArmijoState, residual: PyTree) -> ArmijoState:
         """Search along the residual and go there."""
-        trial, status = self._search(problem, state, residual)
+        norm = vector.norm(jax.lax.stop_gradient(residual))
+        largest_norm = jnp.maximum(state.largest_norm, norm)
+        trial, status = self._search(problem, state, residual, largest_norm)
         return ArmijoState(
             x=vector.add_scaled(state.x, jnp.where(trial.accepted, trial.length, 0.0), residual),
             value=jnp.where(trial.accepted, trial.value, state.value),
             length=jnp.where(trial.accepted, trial.length, state.length),
             first_length=state.first_length,
-            first_norm=state.first_norm,
+            largest_norm=largest_norm,
             evaluations=state.evaluations + trial.number,
             status=status,
         )
@@ -117,7 +125,11 @@ class ArmijoGradientDescent(FirstOrderSolver):
         return state.evaluations + iterations
 
     def _search(
-        self, problem: BoundProblem, state: ArmijoState, residual: PyTree
+        self,
+        problem: BoundProblem,
+        state: ArmijoState,
+        residual: PyTree,
+        largest_norm: Float[Array, ""],
     ) -> tuple["_Trial", Int[Array, ""]]:
         objective = objective_of(problem)
         x, r, value = jax.lax.stop_gradient((state.x, residual, state.value))
@@ -144,13 +156,15 @@ class ArmijoGradientDescent(FirstOrderSolver):
 
         first = state.length * growth
         # Told from the first trial: one that a search has shrunk would look drowned anyway.
-        clear = decrease * first * squared > slack(value)
+        norm = jnp.sqrt(squared)
+        hidden = rounding_hides(value, norm, state.first_length, largest_norm, decrease)
+        clear = (decrease * first * squared > slack(value)) | ~hidden
         trial = jax.lax.while_loop(
             lambda trial: ~trial.accepted & (trial.number < self.trials),
             lambda trial: attempt(trial.length * shrink, trial.number + 1),
             attempt(first, jnp.int32(1)),
         )
-        why = failure_of(value, jnp.sqrt(squared), state.first_length, state.first_norm)
+        why = failure_of(value, norm, state.first_length, largest_norm)
         status = jnp.where(trial.accepted, jnp.int32(Status.CONVERGED), why)
         return jax.lax.stop_gradient((trial, status))
 

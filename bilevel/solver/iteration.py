@@ -51,23 +51,24 @@ class Iteration(eqx.Module):
         """Whether the residual is evaluated elsewhere than at the iterate."""
         return self.solver.point(state) is not self.solver.value(state)
 
-    def norm(
+    def square(
         self, state: PyTree, residual: PyTree, tolerance: Float[Array, ""]
     ) -> Float[Array, ""]:
-        """The residual norm that decides whether the iteration is done.
+        """The squared residual norm that decides whether the iteration is done.
 
         Where an extrapolated point meets the tolerance, the iterate has to meet it, too: a
         start anew from there would throw the momentum away, and there is none in an
         iteration that is differentiated.
         """
-        norm = vector.norm(residual)
+        square = vector.dot(residual, residual)
         if self.solver.recursive or not self.extrapolates(state):
-            return norm
-        return jax.lax.cond(
-            norm <= tolerance,
-            lambda: jnp.maximum(norm, vector.norm(self.true_residual(state))),
-            lambda: norm,
-        )
+            return square
+
+        def of_iterate() -> Float[Array, ""]:
+            residual = self.true_residual(state)
+            return jnp.maximum(square, vector.dot(residual, residual))
+
+        return jax.lax.cond(jnp.sqrt(square) <= tolerance, of_iterate, lambda: square)
 
 
 def begin(

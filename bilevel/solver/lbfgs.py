@@ -10,7 +10,14 @@ from bilevel.bound import BoundProblem
 from bilevel.solution import Status
 from bilevel.solver import basis
 from bilevel.solver.first_order import FirstOrderSolver
-from bilevel.solver.line_search import Found, failure_of, first_length, objective_of, wolfe
+from bilevel.solver.line_search import (
+    Found,
+    failure_of,
+    first_length,
+    objective_of,
+    rounding_hides,
+    wolfe,
+)
 from bilevel.solver.parameter import positive, whole, within
 from bilevel.solver.recall import recall
 
@@ -23,7 +30,7 @@ class LBFGSState(eqx.Module):
     - `inverses`: 1/⟨step, change⟩ of each pair, 0 where there is none.
     - `scale`: the multiple of the identity that the inverse Hessian starts from.
     - `pairs`: pairs taken so far; `evaluations`: of objective and gradient.
-    - `first_length`, `first_norm`: natural step and gradient norm at the start.
+    - `first_length`, `largest_norm`: natural step at the start, largest gradient norm so far.
     """
 
     x: PyTree
@@ -35,7 +42,7 @@ class LBFGSState(eqx.Module):
     scale: Float[Array, ""]
     pairs: Int[Array, ""]
     first_length: Float[Array, ""]
-    first_norm: Float[Array, ""]
+    largest_norm: Float[Array, ""]
     evaluations: Int[Array, ""]
     status: Int[Array, ""]
 
@@ -113,13 +120,16 @@ class LBFGS(FirstOrderSolver):
             scale=length,
             pairs=jnp.int32(0),
             first_length=length,
-            first_norm=norm,
+            largest_norm=norm,
             evaluations=jnp.int32(2),
             status=jnp.int32(Status.CONVERGED),
         )
 
     def step(self, problem: BoundProblem, state: LBFGSState, residual: PyTree) -> LBFGSState:
         """Go along the quasi-Newton direction, and take the pair of differences up."""
+        norm = vector.norm(jax.lax.stop_gradient(residual))
+        largest_norm = jnp.maximum(state.largest_norm, norm)
+        known = (state.value, norm, state.first_length, largest_norm)
         direction = _direction(state, residual)
         steepest = vector.scale(state.scale, residual)
         downhill = vector.dot(residual, direction) > 0
@@ -133,10 +143,12 @@ class LBFGS(FirstOrderSolver):
             decrease=self.decrease,
             curvature=self.curvature,
             trials=self.trials,
+            hidden=rounding_hides(*known, self.decrease),
         )
         x = vector.add_scaled(state.x, found.length, direction)
         after = recall(problem.residual, x, found.residual)
-        return self._remember(state, residual, x, after, found)
+        state = eqx.tree_at(lambda state: state.largest_norm, state, largest_norm)
+        return self._remember(state, residual, x, after, found, failure_of(*known))
 
     def residual(self, problem: BoundProblem, state: LBFGSState) -> PyTree:
         """The residual that the line search evaluated."""
@@ -153,7 +165,13 @@ class LBFGS(FirstOrderSolver):
         return state.evaluations
 
     def _remember(
-        self, state: LBFGSState, residual: PyTree, x: PyTree, after: PyTree, found: Found
+        self,
+        state: LBFGSState,
+        residual: PyTree,
+        x: PyTree,
+        after: PyTree,
+        found: Found,
+        why: Int[Array, ""],
     ) -> LBFGSState:
         difference, change = vector.subtract(x, state.x), vector.subtract(residual, after)
         product, square = vector.dot(difference, change), vector.dot(change, change)
@@ -169,8 +187,6 @@ class LBFGS(FirstOrderSolver):
         inverses = jnp.where(
             keep, state.inverses.at[slot].set(1.0 / positive_product), state.inverses
         )
-        norm = vector.norm(jax.lax.stop_gradient(residual))
-        why = failure_of(state.value, norm, state.first_length, state.first_norm)
         fine = found.success | dropped
         return LBFGSState(
             x=x,
@@ -182,7 +198,7 @@ class LBFGS(FirstOrderSolver):
             scale=jnp.where(keep, positive_product / jnp.where(curved, square, 1.0), state.scale),
             pairs=jnp.where(dropped, 0, state.pairs + keep.astype(jnp.int32)),
             first_length=state.first_length,
-            first_norm=state.first_norm,
+            largest_norm=state.largest_norm,
             evaluations=state.evaluations + found.evaluations,
             status=jax.lax.stop_gradient(jnp.where(fine, jnp.int32(Status.CONVERGED), why)),
         )

@@ -63,11 +63,36 @@ def first_length(problem: BoundProblem, x: PyTree, residual: PyTree) -> Float[Ar
     return jax.lax.stop_gradient(length)
 
 
+def rounding_hides(
+    value: Float[Array, ""],
+    norm: Float[Array, ""],
+    first_length: Float[Array, ""],
+    largest_norm: Float[Array, ""],
+    decrease: Float[Array, ""] | float,
+) -> Bool[Array, ""]:
+    """Whether rounding may hide a decrease of the objective, so that slopes may stand in for it.
+
+    It may where a step of the first length need not decrease by more than rounding, or
+    where the gradient has shrunk by far.  At a kink it does neither: there, steps shrink
+    until every decrease drowns, and slopes would accept steps for ever.
+
+    **Arguments:**
+
+    - `value`, `norm`: objective and gradient norm.
+    - `first_length`, `largest_norm`: natural step length at the start, and the largest
+        gradient norm so far: a start next to a saddle has a small one.
+    - `decrease`: the constant of the search's first condition.
+    """
+    promised = decrease * first_length * norm**2 <= slack(value)
+    shrunk = norm <= jnp.sqrt(jnp.sqrt(jnp.finfo(norm.dtype).eps)) * largest_norm
+    return promised | shrunk
+
+
 def failure_of(
     value: Float[Array, ""],
     norm: Float[Array, ""],
     first_length: Float[Array, ""],
-    first_norm: Float[Array, ""],
+    largest_norm: Float[Array, ""],
 ) -> Int[Array, ""]:
     """Why no step was found: rounding, where that explains it, or a failure.
 
@@ -78,10 +103,10 @@ def failure_of(
     **Arguments:**
 
     - `value`, `norm`: objective and gradient norm.
-    - `first_length`, `first_norm`: natural step length and gradient norm at the start.
+    - `first_length`, `largest_norm`: as in [`rounding_hides`][].
     """
     promised = first_length * norm**2 <= 10 * slack(value)
-    shrunk = norm <= jnp.sqrt(jnp.finfo(norm.dtype).eps) * first_norm
+    shrunk = norm <= jnp.sqrt(jnp.finfo(norm.dtype).eps) * largest_norm
     return jnp.where(promised | shrunk, jnp.int32(Status.ROUNDING), jnp.int32(Status.LINE_SEARCH))
 
 
@@ -106,15 +131,17 @@ def wolfe(
     decrease: Float[Array, ""] | float,
     curvature: Float[Array, ""] | float,
     trials: int,
+    hidden: Bool[Array, ""] | bool = True,
 ) -> Found:
     """A step length that fulfils the weak Wolfe conditions, by bracketing; 1 is tried first.
 
     With φ(α) = objective(x + α p): φ(α) ≤ φ(0) + c₁ α φ'(0) and φ'(α) ≥ c₂ φ'(0).  Where the
-    decrease drowns in rounding, the first condition is replaced by its form in slopes,
-    φ'(α) ≤ (2c₁ - 1) φ'(0) with φ(α) no larger than φ(0) to within rounding (Hager and
-    Zhang 2005, equation 4.1), so that a search works down to the rounding level of the
-    gradient instead of its square root.  Inside a bracket the secant of the slopes is
-    followed, safeguarded by bisection (Lewis and Overton 2013 for the bracketing).
+    decrease drowns in rounding, and `hidden` allows it, the first condition is replaced by
+    its form in slopes, φ'(α) ≤ (2c₁ - 1) φ'(0) with φ(α) no larger than φ(0) to within
+    rounding (Hager and Zhang 2005, equation 4.1), so that a search works down to the
+    rounding level of the gradient instead of its square root.  Inside a bracket the secant
+    of the slopes is followed, safeguarded by bisection (Lewis and Overton 2013 for the
+    bracketing).
 
     **Arguments:**
 
@@ -122,6 +149,7 @@ def wolfe(
     - `value`, `residual`: at x.
     - `decrease`, `curvature`: c₁ < c₂.
     - `trials`: most evaluations, static.
+    - `hidden`: whether slopes may decide, see [`rounding_hides`][].
 
     **Returns:** constants. If the second condition cannot be met, the longest step that
     met the first.
@@ -161,7 +189,7 @@ def wolfe(
         return ~bracket.done & (bracket.best.evaluations < trials)
 
     # Told from the first trial: one that a search has shrunk would look drowned anyway.
-    clear = decrease * slope > slack(value)
+    clear = (decrease * slope > slack(value)) | ~jnp.asarray(hidden)
     zero = jnp.zeros((), dtype)
     none = Found(zero, value, residual, jnp.int32(0), jnp.array(False))
     start = _Bracket(jnp.ones((), dtype), zero, slope, infinity, none, jnp.array(False))

@@ -27,15 +27,29 @@ PATIENCE = 10
 class Progress(eqx.Module):
     """What the loop carries besides the solver's state.
 
-    `mark_count` and `mark_norm` are the iteration and residual norm at the last power of
-    two, so that the reduction rate over the second half of a solve needs no history.
+    Norms are carried as squares: a root is taken where it is compared, and every number
+    less that the loop carries is one kernel less to compile.
+
+    - `count`: iterations done; `square`: of the residual norm now.
+    - `mark`: the square at the last power of two, so that the reduction rate over the
+        second half of a solve needs no history.
     """
 
     count: Int[Array, ""]
-    norm: Float[Array, ""]
-    mark_count: Int[Array, ""]
-    mark_norm: Float[Array, ""]
+    square: Float[Array, ""]
+    mark: Float[Array, ""]
     history: Float[Array, " length"] | None
+
+    @property
+    def norm(self) -> Float[Array, ""]:
+        """The residual norm."""
+        return jnp.sqrt(self.square)
+
+    @property
+    def mark_count(self) -> Int[Array, ""]:
+        """The iteration of the mark: the last power of two before this one, or 0."""
+        before = self.count - 1
+        return jnp.where(before >= 2, 1 << (31 - jax.lax.clz(before)), 0)
 
 
 class Limits(eqx.Module):
@@ -113,13 +127,13 @@ def drive(
     **Returns:** the final state, the solution, and the recorder's store.
     """
     solver = iteration.solver
-    norm = vector.norm(residual)
+    square = vector.dot(residual, residual)
+    norm = jnp.sqrt(square)
     limits = _limits(iteration, budget, norm, vector.epsilon(residual), minimum, limit)
     progress = Progress(
         count=jnp.int32(0),
-        norm=norm,
-        mark_count=jnp.int32(0),
-        mark_norm=norm,
+        square=square,
+        mark=square,
         history=_start_history(history, norm),
     )
     # A recursive residual is part of the state already: carrying it too would copy it.
@@ -179,8 +193,8 @@ def _sweep(iteration: Iteration, limits: Limits, recorder: Recorder | None) -> C
         state, carried, progress, store = carry
         residual = iteration.residual(state) if carried is None else carried
         store, state, residual = step(store, progress.count, state, residual)
-        norm = iteration.norm(state, residual, limits.tolerance)
-        progress = _advance(progress, norm)
+        square = iteration.square(state, residual, limits.tolerance)
+        progress = _advance(progress, square)
         return state, None if carried is None else residual, progress, store
 
     def sweep(state: Any, carried: Any, progress: Progress, store: Any) -> Any:
@@ -224,18 +238,17 @@ def _limits(
     )
 
 
-def _advance(progress: Progress, norm: Array) -> Progress:
+def _advance(progress: Progress, square: Array) -> Progress:
     count = progress.count + 1
     # The mark moves from count c to 2c: c, c+1, ..., 2c are measured against c.
-    moves = progress.count >= 2 * jnp.maximum(progress.mark_count, 1)
+    moves = (progress.count >= 2) & (progress.count & (progress.count - 1) == 0)
     history = progress.history
     if history is not None:
-        history = history.at[count].set(norm.astype(history.dtype), mode="drop")
+        history = history.at[count].set(jnp.sqrt(square).astype(history.dtype), mode="drop")
     return Progress(
         count=count,
-        norm=norm,
-        mark_count=jnp.where(moves, progress.count, progress.mark_count),
-        mark_norm=jnp.where(moves, progress.norm, progress.mark_norm),
+        square=square,
+        mark=jnp.where(moves, progress.square, progress.mark),
         history=history,
     )
 
@@ -264,41 +277,39 @@ def _confirmed(
     solver = iteration.solver
 
     def again(carry: Any) -> Any:
-        state, progress, true_norm, applications, _, _ = carry
+        state, progress, square, _, applications, _ = carry
         before = progress.count
-        progress = eqx.tree_at(lambda p: p.norm, progress, true_norm)
+        progress = eqx.tree_at(lambda p: p.square, progress, square)
         state, _, progress, _ = sweep(state, None, progress, None)
         applications = applications + solver.applications(state, progress.count - before)
         failure = solver.failure(state)
         state = iteration.restart(state)
-        new_norm = vector.norm(iteration.residual(state))
-        better = new_norm < 0.5 * true_norm
-        return state, progress, new_norm, applications.astype(jnp.int32), failure, better
+        residual = iteration.residual(state)
+        after = vector.dot(residual, residual)
+        return state, progress, after, square, applications.astype(jnp.int32), failure
 
     def worthwhile(carry: Any) -> Array:
-        _, progress, true_norm, applications, failure, better = carry
+        _, progress, square, before, applications, failure = carry
         return (applications == 0) | (
-            better
-            & (true_norm > limits.tolerance)
+            (square < 0.25 * before)
+            & (jnp.sqrt(square) > limits.tolerance)
             & (progress.norm <= limits.tolerance)
             & (progress.count < limits.iterations)
             & (failure == Status.CONVERGED)
         )
 
-    none = jnp.int32(0)
-    carry = (state, progress, progress.norm, none, solver.failure(state), jnp.array(True))
-    state, progress, true_norm, applications, failure, _ = jax.lax.while_loop(
-        worthwhile, again, carry
-    )
+    square, none = progress.square, jnp.int32(0)
+    carry = (state, progress, square, square, none, solver.failure(state))
+    state, progress, square, _, applications, failure = jax.lax.while_loop(worthwhile, again, carry)
     # The last fresh state evaluated a residual, too.
-    return state, progress, true_norm, applications + 1, failure
+    return state, progress, jnp.sqrt(square), applications + 1, failure
 
 
 def _rate(progress: Progress) -> Array:
     steps = progress.count - progress.mark_count
-    exponent = 1.0 / jnp.maximum(steps, 1).astype(progress.norm.dtype)
-    ratio = progress.norm / progress.mark_norm
-    return jnp.where((steps > 0) & (progress.mark_norm > 0), ratio**exponent, jnp.nan)
+    exponent = 0.5 / jnp.maximum(steps, 1).astype(progress.square.dtype)
+    ratio = progress.square / progress.mark
+    return jnp.where((steps > 0) & (progress.mark > 0), ratio**exponent, jnp.nan)
 
 
 def _status(
