@@ -23,14 +23,14 @@ class ClosedProblem(eqx.Module):
 
     residual: Callable[[Any], Any]
     rmatvec: Callable[[Any], Any] | None
-    parts: Callable[[], tuple[PyTree | None, Array | None]] | None
+    parts: Callable[[], tuple[PyTree | None, Array | None, Any]] | None
     symmetric: bool | None = eqx.field(static=True)
     positive_definite: bool | None = eqx.field(static=True)
     linear: bool = eqx.field(static=True)
     real_linear: bool = eqx.field(static=True)
 
     def operator(self, x: PyTree) -> LinearOperator:
-        """N at x, with the transpose, diagonal and matrix that the problem offers.
+        """N at x, with the transpose, diagonal, matrix and source that the problem offers.
 
         Linearising once hoists all that does not depend on the vector out of the solver's
         loop, the user's assembly of A(θ) included.
@@ -39,7 +39,7 @@ class ClosedProblem(eqx.Module):
         rmatvec = None
         if self.rmatvec is not None:
             _, rmatvec = jax.linearize(self.rmatvec, x)
-        diagonal, matrix = (None, None) if self.parts is None else self.parts()
+        diagonal, matrix, source = (None,) * 3 if self.parts is None else self.parts()
         return LinearOperator(
             matvec=lambda v: vector.negative(derivative(v)),
             rmatvec=rmatvec,
@@ -48,6 +48,7 @@ class ClosedProblem(eqx.Module):
             symmetric=self.symmetric,
             positive_definite=self.positive_definite,
             real_linear=self.real_linear,
+            source=source,
         )
 
 
@@ -65,7 +66,7 @@ def close(problem: InnerProblem, theta: PyTree, x0: PyTree) -> ClosedProblem:
     if operator is not None:
         if operator.rmatvec is not None and not operator.symmetric:
             rmatvec = eqx.filter_closure_convert(lambda v: _rmatvec(problem.at(theta), v), x0)
-        if operator.diagonal is not None or operator.matrix is not None:
+        if any(p is not None for p in (operator.diagonal, operator.matrix, operator.source)):
             parts = eqx.filter_closure_convert(lambda: _parts(problem.at(theta)))
     return ClosedProblem(
         residual=eqx.filter_closure_convert(lambda x: problem.at(theta).residual(x), x0),
@@ -84,9 +85,9 @@ def _rmatvec(bound: BoundProblem, v: PyTree) -> PyTree:
     return bound.operator.rmatvec(v)
 
 
-def _parts(bound: BoundProblem) -> tuple[PyTree | None, Array | None]:
+def _parts(bound: BoundProblem) -> tuple[PyTree | None, Array | None, Any]:
     assert bound.operator is not None
-    return bound.operator.diagonal, bound.operator.matrix
+    return bound.operator.diagonal, bound.operator.matrix, bound.operator.source
 
 
 def stopped(tree: Any) -> Any:

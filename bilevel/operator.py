@@ -26,6 +26,8 @@ class LinearOperator(eqx.Module):
     - `positive_definite`: whether A is also positive definite; `None` for unknown.
     - `real_linear`: whether A is linear over the reals only, as the Hessian of complex
         unknowns is. Adjoints and inner products are then those of the real space.
+    - `source`: the object that it was made of, for solvers and preconditioners that know
+        its structure; the adjoint gets `source.transposed()` where it has such a method.
 
     >>> import jax.numpy as jnp
     >>> operator = LinearOperator(lambda v: 2.0 * v, symmetric=True)
@@ -40,6 +42,7 @@ class LinearOperator(eqx.Module):
     symmetric: bool | None = eqx.field(static=True, default=None)
     positive_definite: bool | None = eqx.field(static=True, default=None)
     real_linear: bool = eqx.field(static=True, default=False)
+    source: Any = None
 
     def transposed(self, like: PyTree) -> "LinearOperator":
         """The plain (unconjugated) transpose, acting on vectors like `like`.
@@ -78,6 +81,7 @@ class LinearOperator(eqx.Module):
             symmetric=self.symmetric,
             positive_definite=self.positive_definite,
             real_linear=self.real_linear,
+            source=_transposed_source(self.source, symmetric=self.symmetric),
         )
 
     def adjoint_matvec(self, like: PyTree) -> Callable[[Any], Any]:
@@ -129,6 +133,7 @@ def as_operator(
             symmetric,
             positive_definite,
             operator.real_linear,
+            operator.source,
         )
     if isinstance(operator, jax.Array | np.ndarray):
         return _from_matrix(
@@ -152,6 +157,7 @@ def as_operator(
             None,
             symmetric,
             positive_definite,
+            source=operator,
         )
     if isinstance(operator, tuple):
         functions: tuple[Any, ...] = operator
@@ -191,3 +197,10 @@ def _from_matrix(
 
 def _vector_matrix(v: Array, matrix: Array) -> Array:
     return (v.conj().T @ matrix).conj().T if jnp.iscomplexobj(matrix) else (v.T @ matrix).T
+
+
+def _transposed_source(source: Any, *, symmetric: bool | None) -> Any:
+    if source is None or symmetric:
+        return source
+    transposed: Any = getattr(source, "transposed", None)
+    return transposed() if callable(transposed) else None
