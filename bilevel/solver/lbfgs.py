@@ -58,7 +58,9 @@ class LBFGS(FirstOrderSolver):
     Multiplying the objective by a number changes nothing.  A search that finds no step
     first drops the history, then ends the solve: as `ROUNDING` where rounding explains it,
     as `LINE_SEARCH` otherwise.  Unrolling differentiates the directions, history
-    included, and takes the step lengths as constants.
+    included, and takes the step lengths as constants.  On an ill-conditioned objective
+    that is not quadratic, iterates of a short history depend on θ so sensitively that
+    their derivatives need not converge with them: use `Implicit` there.
 
     **Arguments:**
 
