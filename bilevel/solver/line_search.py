@@ -14,6 +14,9 @@ from bilevel.solution import Status
 SLACK = 10.0
 """Rounding errors of an objective value, in units of its last place, that count as equal."""
 
+LONGEST = 1e8
+"""The first step is at most so many times as long as the unknown."""
+
 
 class Found(NamedTuple):
     """What a line search came to; constants, without derivatives.
@@ -46,7 +49,8 @@ def first_length(problem: BoundProblem, x: PyTree, residual: PyTree) -> Float[Ar
     """A first step along the residual that knows the units: 1 over the curvature along it.
 
     Exact for a quadratic.  Without positive curvature the step is as long as x, or of
-    length 1 where x is zero.  One Hessian-vector product; a constant.
+    length 1 where x is zero; with next to none, it is 10⁸ times as long as x at most, from
+    where halving it still comes to an end.  One Hessian-vector product; a constant.
     """
     x, residual = jax.lax.stop_gradient((x, residual))
     norm = vector.norm(residual)
@@ -55,10 +59,13 @@ def first_length(problem: BoundProblem, x: PyTree, residual: PyTree) -> Float[Ar
     _, change = jax.jvp(problem.residual, (x,), (unit,))
     curvature = -vector.dot(unit, change)
     reach = vector.norm(x)
+    longest = jnp.where(reach > 0, LONGEST * reach, jnp.inf) / jnp.where(some, norm, 1.0)
     reach = jnp.where(reach > 0, reach, 1.0)
     curved = curvature > 0
     length = jnp.where(
-        curved, 1.0 / jnp.where(curved, curvature, 1.0), reach / jnp.where(some, norm, 1.0)
+        curved,
+        jnp.minimum(1.0 / jnp.where(curved, curvature, 1.0), longest),
+        reach / jnp.where(some, norm, 1.0),
     )
     return jax.lax.stop_gradient(length)
 

@@ -208,6 +208,15 @@ def test_a_search_that_fails_says_so(name, objective):
 
 
 @pytest.mark.parametrize("name", SEARCHES)
+def test_a_start_where_there_is_next_to_no_curvature(name):
+    # The natural first step is 10¹⁵ there, fifty halvings too long.
+    problem = bl.Minimization(lambda x, theta: jnp.sum(jnp.sqrt(1.0 + (x - theta) ** 2)))
+    solution = minimise(problem, SEARCHES[name], x0=jnp.full(SIZE, 1e5))
+    assert solution.status == bl.Status.CONVERGED
+    np.testing.assert_allclose(solution.value, 1.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
 def test_nothing_to_gain_at_the_solution_is_no_failure(name):
     solved = minimise(CONVEX, SEARCHES[name], iterations=500, rtol=1e-13)
     # Relative to a first residual that is rounding noise already: out of reach.
