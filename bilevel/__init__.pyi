@@ -52,7 +52,6 @@ from .refinement.progressive import ProgressiveRefinement as ProgressiveRefineme
 from .refinement.scheduled import HoagTolerances as HoagTolerances
 from .refinement.scheduled import ScheduledFidelity as ScheduledFidelity
 from .solution import Solution as Solution
-from .solution import Status as Status
 from .solver.anderson import Anderson as Anderson
 from .solver.armijo import ArmijoGradientDescent as ArmijoGradientDescent
 from .solver.base import IncompatibleError as IncompatibleError
@@ -76,5 +75,6 @@ from .solver.preconditioning import JacobiPreconditioner as JacobiPreconditioner
 from .solver.proximal_gradient import ProximalGradient as ProximalGradient
 from .solver.richardson import Richardson as Richardson
 from .solver.steepest_descent import SteepestDescent as SteepestDescent
+from .status import Status as Status
 
 __version__: str

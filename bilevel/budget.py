@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
+from bilevel.description import described
+
 UNLIMITED = 2**31 - 1
 """Iteration cap of a budget that names none: the tolerance alone decides."""
 
@@ -60,6 +62,10 @@ class Budget(eqx.Module):
             iterations = UNLIMITED
         self.iterations = _count("iterations", iterations)
 
+    def __repr__(self) -> str:
+        """The numbers in a line."""
+        return described(self)
+
     @property
     def has_tolerance(self) -> bool:
         """Whether a tolerance may stop the iteration; true where that is traced."""
@@ -87,9 +93,11 @@ def _count(name: str, value: Array | int) -> Array | int:
     try:
         count = operator.index(value)
     except TypeError:
+        small = isinstance(value, float) and 0 < value < 1
+        advice = f"For a tolerance write Budget(rtol={value!r})" if small else "Use int(...)"
         msg = (
             f"Budget: {name} must be a whole number or an integer array, got {value!r} "
-            f"of type {type(value).__name__}. Use Budget({name}=int(...))."
+            f"of type {type(value).__name__}. {advice}."
         )
         raise TypeError(msg) from None
     if count < 0:

@@ -5,6 +5,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from bilevel import vector
@@ -93,4 +94,9 @@ def _parts(bound: BoundProblem) -> tuple[PyTree | None, Array | None, Any]:
 def stopped(tree: Any) -> Any:
     """The tree with no derivative through any array of it."""
     dynamic, static = eqx.partition(tree, eqx.is_array)
-    return eqx.combine(jax.lax.stop_gradient(dynamic), static)
+    # Of a traced Python number JAX gives the bare number, which is an array no more.
+    still = jax.tree.map(
+        lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf),
+        jax.lax.stop_gradient(dynamic),
+    )
+    return eqx.combine(still, static)

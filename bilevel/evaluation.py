@@ -13,6 +13,7 @@ from bilevel import vector
 from bilevel.affine import as_linear
 from bilevel.budget import Budget
 from bilevel.compilation import compiled
+from bilevel.description import described
 from bilevel.error.base import ErrorEstimator, Situation, TruncationError
 from bilevel.error.correction import ResidualCorrection
 from bilevel.estimator.base import Estimator, Record, Setting, no_adjoint
@@ -21,8 +22,9 @@ from bilevel.inner_solve import arrange, complete
 from bilevel.probe import AdjointProbe
 from bilevel.problem import InnerProblem, as_inner_problem
 from bilevel.refinement.fidelity import Fidelity
-from bilevel.solution import Solution, Status
+from bilevel.solution import Solution
 from bilevel.solver.base import InnerSolver
+from bilevel.status import Status
 
 
 class Cost(eqx.Module):
@@ -40,6 +42,10 @@ class Cost(eqx.Module):
     operator_applications: Int[Array, ""]
     transposed_applications: Int[Array, ""]
     error_applications: Int[Array, ""]
+
+    def __repr__(self) -> str:
+        """The numbers in a line."""
+        return described(self)
 
 
 class Hypergradient(eqx.Module):
@@ -67,6 +73,10 @@ class Hypergradient(eqx.Module):
     adjoint: Solution
     error: TruncationError | None
     cost: Cost
+
+    def __repr__(self) -> str:
+        """The numbers in a line."""
+        return described(self)
 
 
 def hypergradient(
@@ -126,6 +136,7 @@ def hypergradient(
         probe=None,
         history=history,
     )
+    _require_differentiable(setting.theta)
     if not isinstance(error, ErrorEstimator | bool):
         msg = f"error must be an error estimator, True or False, got {error!r}."
         raise TypeError(msg)
@@ -337,6 +348,20 @@ def _forward_gradient(outer: Any, moving: PyTree) -> tuple[Array, Solution, PyTr
 
     gradient, (value, solution) = jax.jacfwd(loss, has_aux=True)(moving)
     return value, solution, gradient
+
+
+def _require_differentiable(theta: PyTree) -> None:
+    leaves = jax.tree_util.tree_leaves_with_path(theta)
+    if not leaves or any(eqx.is_inexact_array(leaf) for _, leaf in leaves):
+        return
+    kinds = ", ".join(
+        f"theta{jax.tree_util.keystr(path)} is {getattr(leaf, 'dtype', type(leaf).__name__)}"
+        for path, leaf in leaves
+    )
+    msg = (
+        f"theta must hold a float or complex array to differentiate, and {kinds}. Write 3.0 for 3."
+    )
+    raise TypeError(msg)
 
 
 def _scalar(value: Array) -> Array:

@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 
 from bilevel.affine import as_linear
 from bilevel.budget import Budget
+from bilevel.checking import check_functions
 from bilevel.compilation import compiled
 from bilevel.estimator.base import Estimator, Record, Setting
 from bilevel.estimator.implicit import Implicit
@@ -137,6 +138,10 @@ def arrange(
 ) -> tuple[Any, Estimator, AnyProbe | None]:
     """Check what the user gave, before anything is traced, and bring it into one form."""
     if fidelity is not None:
+        if not isinstance(fidelity, Fidelity):
+            hint = " Write budget=..." if isinstance(fidelity, Budget) else ""
+            msg = f"fidelity must be a Fidelity, got {fidelity!r}.{hint}"
+            raise TypeError(msg)
         given = [
             name
             for name, value in (
@@ -159,12 +164,7 @@ def arrange(
         ("probe", probe, Probe | AdjointProbe),
     ):
         if value is not None and not isinstance(value, kind):
-            hint = f" Write {name}={value.__name__}(...)." if isinstance(value, type) else ""
-            if kind is Budget:
-                hint = f" Write {name}=Budget(iterations={value!r})."
-            expected = getattr(kind, "__name__", "Probe or AdjointProbe")
-            msg = f"{name} must be a {expected}, got {value!r}.{hint}"
-            raise TypeError(msg)
+            raise TypeError(_wrong_kind(name, value))
     estimator = Implicit() if estimator is None else estimator
     estimator.check_budget(budget)
     x0 = as_vector("x0", x0)
@@ -187,7 +187,7 @@ def arrange(
 def complete(setting: Setting) -> Setting:
     """Fill in the defaults that depend on the problem, and check what its functions return."""
     bound = setting.problem.at(setting.theta)
-    check_residual(bound.name, jax.eval_shape(bound.residual, setting.x0), setting.x0)
+    check_functions(bound, setting.x0)
     solver = setting.solver
     problem = as_linear(setting.problem, setting.theta, setting.x0, solver)
     problem = problem.anchored(setting.theta, setting.x0)
@@ -207,6 +207,29 @@ def complete(setting: Setting) -> Setting:
         setting.adjoint_guess,
         setting.history,
     )
+
+
+def _wrong_kind(name: str, value: object) -> str:
+    expected = {
+        "solver": "an InnerSolver such as ConjugateGradient()",
+        "estimator": "an Estimator such as Implicit()",
+        "budget": "a Budget",
+        "adjoint_budget": "a Budget",
+        "probe": "a Probe or AdjointProbe",
+    }[name]
+    hint = ""
+    if isinstance(value, type):
+        arguments = ".zeros()" if name == "probe" else "(...)"
+        hint = f" Write {name}={value.__name__}{arguments}."
+    elif isinstance(value, Estimator):
+        hint = f" Write estimator={type(value).__name__}(...)."
+    elif isinstance(value, InnerSolver):
+        hint = f" Write solver={type(value).__name__}(...)."
+    elif name.endswith("budget") and isinstance(value, int):
+        hint = f" Write {name}=Budget(iterations={value!r})."
+    elif name.endswith("budget") and isinstance(value, float):
+        hint = f" Write {name}=Budget(rtol={value!r})."
+    return f"{name} must be {expected}, got {value!r}.{hint}"
 
 
 def as_vector(name: str, x: PyTree) -> PyTree:
@@ -235,33 +258,6 @@ def as_vector(name: str, x: PyTree) -> PyTree:
         msg = f"{name} must hold at least one array, got an empty pytree {x!r}."
         raise TypeError(msg)
     return jax.tree_util.tree_map_with_path(convert, x)
-
-
-def check_residual(kind: str, outcome: PyTree, x: PyTree) -> None:
-    """**Raises:** `TypeError` naming the leaf of a residual that is not like x."""
-    expected, got = jax.tree.structure(x), jax.tree.structure(outcome)
-    if expected != got:
-        msg = (
-            f"{kind}: the residual must have the structure of x0, {expected}, got {got}. Return a "
-            "pytree like x."
-        )
-        raise TypeError(msg)
-    pairs = zip(jax.tree_util.tree_leaves_with_path(x), jax.tree.leaves(outcome), strict=True)
-    for (path, leaf), value in pairs:
-        where = jax.tree_util.keystr(path)
-        if leaf.shape != value.shape:
-            msg = (
-                f"{kind}: the residual at x{where} has shape {value.shape}, expected {leaf.shape} "
-                "as x0 has. Check the shapes of what the problem computes."
-            )
-            raise TypeError(msg)
-        if leaf.dtype != value.dtype:
-            msg = (
-                f"{kind}: the residual at x{where} is {value.dtype}, but x0{where} is "
-                f"{leaf.dtype}. Give x0, theta and the data one dtype, for example "
-                f"x0.astype({value.dtype})."
-            )
-            raise TypeError(msg)
 
 
 def _require_like(name: str, given: PyTree, x0: PyTree) -> None:

@@ -142,8 +142,8 @@ def as_operator(
     if type(operator).__module__.startswith("scipy."):
         msg = (
             f"LinearSystem: a {type(operator).__name__} from SciPy runs on the host and cannot be "
-            "traced. Give a dense array (operator.toarray()), a matvec function in JAX, or an "
-            "operator object of the adapter bilevel_pde."
+            "traced. Give bilevel_pde.from_scipy(matrix), a sparse operator in JAX, or a dense "
+            "array (matrix.toarray())."
         )
         raise TypeError(msg)
     matvec: Any = getattr(operator, "matvec", None)

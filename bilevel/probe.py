@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from bilevel import vector
+from bilevel.description import described
 from bilevel.solution import Solution
 
 
@@ -46,6 +47,10 @@ class Probe(eqx.Module):
     adjoint_capped: Float[Array, ""]
     failures: Float[Array, ""]
 
+    def __repr__(self) -> str:
+        """The numbers in a line."""
+        return described(self)
+
     @classmethod
     def zeros(cls) -> Self:
         """The probe to pass in."""
@@ -79,6 +84,10 @@ class AdjointProbe(eqx.Module):
     scale: Float[Array, ""]
     rate: Float[Array, ""]
     applications: Float[Array, ""]
+
+    def __repr__(self) -> str:
+        """The numbers in a line."""
+        return described(self)
 
     @classmethod
     def zeros(cls, x0: PyTree) -> Self:

@@ -14,6 +14,9 @@ from jaxtyping import Array, PyTree
 from bilevel import vector
 from bilevel.bound import BoundProblem
 from bilevel.operator import as_operator
+from bilevel.signature import brief, check_callable
+
+_X_THETA = ("x", "theta")
 
 
 class InnerProblem(eqx.Module):
@@ -30,9 +33,11 @@ class InnerProblem(eqx.Module):
     >>> round(float(solution.value), 4)
     2.0
 
-    Any object with a method `residual(x, theta)` is an inner problem too (the protocol
-    [`HasResidual`][]); attributes `symmetric` and `positive_definite` say of which kind
-    the Jacobian ∂F/∂x is, and solvers that need such a kind then accept it.
+    Any object with a method `residual(x, theta)` is an inner problem too; attributes
+    `symmetric` and `positive_definite` say of which kind the Jacobian ∂F/∂x is, and
+    solvers that need such a kind then accept it.  Solvers see the problem at one θ, with
+    a residual that points downhill: docs/custom.md explains the signs, and
+    `bilevel.testing.check_inner_problem` checks a problem.
     """
 
     @abc.abstractmethod
@@ -97,8 +102,12 @@ class Minimization(InnerProblem):
 
     objective: Callable[[Any, Any], Any]
 
+    def __check_init__(self) -> None:
+        """The objective can be called as it will be."""
+        check_callable(type(self).__name__, "objective", self.objective, _X_THETA)
+
     def residual(self, x: PyTree, theta: PyTree) -> PyTree:
-        """The gradient of the objective in x."""
+        """The gradient of the objective in x, uphill; solvers see minus this, downhill."""
         return vector.conjugate(jax.grad(self._scalar)(x, theta))
 
     def at(self, theta: PyTree) -> BoundProblem:
@@ -141,6 +150,10 @@ class RootFinding(InnerProblem):
     symmetric: bool | None = eqx.field(static=True, default=None)
     positive_definite: bool | None = eqx.field(static=True, default=None)
 
+    def __check_init__(self) -> None:
+        """The function can be called as it will be."""
+        check_callable(type(self).__name__, "function", self.function, _X_THETA)
+
     def residual(self, x: PyTree, theta: PyTree) -> PyTree:
         """The user's residual."""
         return self.function(x, theta)
@@ -162,6 +175,10 @@ class FixedPoint(InnerProblem):
 
     mapping: Callable[[Any, Any], Any]
     symmetric: bool | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self) -> None:
+        """The mapping can be called as it will be."""
+        check_callable(type(self).__name__, "mapping", self.mapping, _X_THETA)
 
     def residual(self, x: PyTree, theta: PyTree) -> PyTree:
         """The mapping minus the identity."""
@@ -214,11 +231,11 @@ class LinearSystem(InnerProblem):
         symmetric: bool | None = None,
         positive_definite: bool | None = None,
     ):
-        if operator is None or isinstance(operator, str | bytes | bool | int | float):
-            msg = (
-                "LinearSystem: operator must be a function of theta, a square matrix or an object "
-                f"with a matvec method, got {operator!r}."
-            )
+        _check_operator(operator)
+        if callable(rhs):
+            check_callable("LinearSystem", "rhs", rhs, ("theta",))
+        elif rhs is None or isinstance(rhs, str | bytes):
+            msg = f"LinearSystem: rhs should be an array or a function of theta, got {brief(rhs)}."
             raise TypeError(msg)
         self.operator = operator
         self.rhs = rhs
@@ -234,11 +251,8 @@ class LinearSystem(InnerProblem):
 
     def at(self, theta: PyTree) -> BoundProblem:
         """The problem at one θ: operator and right-hand side are evaluated once."""
-        # A class of operators is a function of θ, although it has a matvec, too.
-        made = not isinstance(self.operator, type) and hasattr(self.operator, "matvec")
-        constant = made or not callable(self.operator)
         operator = as_operator(
-            self.operator if constant else self.operator(theta),
+            self.operator(theta) if _is_function(self.operator) else self.operator,
             symmetric=self.symmetric,
             positive_definite=self.positive_definite,
         )
@@ -295,6 +309,26 @@ def as_inner_problem(problem: object) -> InnerProblem:
         "RootFinding(residual), FixedPoint(mapping) or LinearSystem(operator, rhs)."
     )
     raise TypeError(msg)
+
+
+def _is_function(operator: object) -> bool:
+    """Whether an operator is a function of θ, which a class of operators is, too."""
+    return callable(operator) and (
+        isinstance(operator, type) or not callable(getattr(operator, "matvec", None))
+    )
+
+
+def _check_operator(operator: object) -> None:
+    if operator is None or isinstance(operator, str | bytes | bool | int | float):
+        msg = (
+            "LinearSystem: operator must be a function of theta, a square matrix or an object "
+            f"with a matvec method, got {operator!r}."
+        )
+        raise TypeError(msg)
+    if _is_function(operator):
+        check_callable("LinearSystem", "operator", operator, ("theta",))
+    elif not isinstance(operator, jax.Array | np.ndarray):
+        as_operator(operator)
 
 
 def _is_concrete_matrix(operator: object) -> bool:

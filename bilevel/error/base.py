@@ -9,6 +9,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float, Int, PyTree
 
+from bilevel.description import described
 from bilevel.problem import InnerProblem
 from bilevel.solution import Solution
 
@@ -32,6 +33,10 @@ class TruncationError(eqx.Module):
     adjoint: Float[Array, ""]
     total: Float[Array, ""]
     applications: Int[Array, ""]
+
+    def __repr__(self) -> str:
+        """The numbers in a line."""
+        return described(self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,8 @@ from jaxtyping import Array, Float
 
 from bilevel import vector
 from bilevel.error.base import ErrorEstimator, Situation, TruncationError
-from bilevel.solution import Status
 from bilevel.solver.parameter import number, positive
+from bilevel.status import Status
 
 
 class CertifiedBound(ErrorEstimator):

@@ -13,8 +13,9 @@ from bilevel.bound import BoundProblem
 from bilevel.budget import Budget
 from bilevel.probe import AdjointProbe, Probe
 from bilevel.problem import InnerProblem
-from bilevel.solution import Solution, Status
+from bilevel.solution import Solution
 from bilevel.solver.base import InnerSolver
+from bilevel.status import Status
 
 
 @dataclasses.dataclass(frozen=True)

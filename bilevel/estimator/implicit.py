@@ -12,12 +12,13 @@ from bilevel.bound import BoundProblem
 from bilevel.budget import Budget
 from bilevel.closed import close, stopped
 from bilevel.estimator.base import Estimator, Record, Setting
-from bilevel.solution import Solution, Status
+from bilevel.solution import Solution
 from bilevel.solver.base import IncompatibleError, InnerSolver
 from bilevel.solver.default_linear import default_linear_solver
 from bilevel.solver.linear import solve_linear, trusted
 from bilevel.solver.loop import run
 from bilevel.solver.preconditioning import with_closed_preconditioner
+from bilevel.status import Status
 
 
 class Implicit(Estimator):
@@ -71,7 +72,11 @@ def require_linear(solver: object, name: str) -> None:
     if solver is None:
         return
     if not isinstance(solver, InnerSolver):
-        msg = f"{name}: solver must be a linear solver such as ConjugateGradient(), got {solver!r}."
+        hint = f" Write solver={solver.__name__}()." if isinstance(solver, type) else ""
+        msg = (
+            f"{name}: solver must be a linear solver such as ConjugateGradient(), got {solver!r}."
+            f"{hint}"
+        )
         raise TypeError(msg)
     if not solver.linear_adjoint:
         msg = (
@@ -245,7 +250,11 @@ def _linear_solve(
             return trusted(adjoint), None
         return trusted(adjoint), context.record.filled(context.primal, adjoint, left)
 
-    augmented = jax.lax.custom_linear_solve(
+    tangent, reported = jax.lax.custom_linear_solve(
         matvec, (forcing, record_dot), forward, transpose_solve=backward
     )
-    return vector.scale(poison, augmented[0])
+    # In a second derivative every part of the right-hand side has to move, or none: the
+    # cotangent of what is reported is made to come from that of the value, as zero.
+    for leaf in jax.tree.leaves(reported):
+        tangent = jax.tree.map(lambda t, leaf=leaf: t + _depending(leaf, t), tangent)
+    return vector.scale(poison, tangent)

@@ -11,9 +11,10 @@ from bilevel import vector
 from bilevel.closed import stopped
 from bilevel.estimator.base import Estimator, Record, Setting, no_adjoint
 from bilevel.perturbation import with_derivative_of
-from bilevel.solution import Solution, Status
+from bilevel.solution import Solution
 from bilevel.solver.iteration import begin
 from bilevel.solver.loop import run
+from bilevel.status import Status
 
 
 class OneStep(Estimator):

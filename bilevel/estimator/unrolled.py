@@ -12,8 +12,9 @@ from bilevel import vector
 from bilevel.budget import Budget
 from bilevel.closed import stopped
 from bilevel.estimator.base import Estimator, Record, Setting, no_adjoint
+from bilevel.forward_only import forward_only
 from bilevel.perturbation import with_derivative_of
-from bilevel.solution import Solution, Status
+from bilevel.solution import Solution
 from bilevel.solver.checkpointing import (
     Layout,
     Linearization,
@@ -27,9 +28,20 @@ from bilevel.solver.checkpointing import (
 from bilevel.solver.iteration import Iteration, begin, close_iteration
 from bilevel.solver.loop import Recorder, drive
 from bilevel.solver.parameter import whole
+from bilevel.status import Status
 
 STORED_BYTES = 256 * 2**20
 """store="all" keeps linearisations where they fit in here or are no larger than two states."""
+
+_NO_REVERSE = (
+    "Unrolled(mode='forward') is for jax.jvp, jax.jacfwd and bl.hypergradient; jax.grad and "
+    "jax.jacrev need reverse mode. Use Unrolled(), or jax.jacfwd."
+)
+_NO_SECOND_REVERSE = (
+    "Unrolled: the derivative of its gradient needs forward mode over reverse mode, as in "
+    "jax.hessian or jax.jacfwd(jax.grad(f)), not jax.grad of it. Use one of these, or Implicit(), "
+    "which any order and mode goes through."
+)
 
 
 class Unrolled(Estimator):
@@ -127,6 +139,8 @@ class Unrolled(Estimator):
             final, solution = differentiable(closed, state, residual, budget, record)
         solution, value = stopped(solution), solver.value(final)
         trust = jnp.where(solution.status >= Status.DIVERGED, jnp.nan, 1.0)
+        if self.forward_only:
+            value = forward_only(value, _NO_REVERSE)
         value = with_derivative_of(solution.value, value, trust)
         return eqx.tree_at(lambda s: s.value, solution, value)
 
@@ -152,11 +166,12 @@ def _reverse(options: Unrolled, history: int) -> Any:
             return final, solution
 
         def forward(arrays: Any, *rest: Any) -> Any:
+            # JAX hands constants over as Python numbers, captured ones among them.
             values, state, residual, budget, record = jax.tree.map(
-                lambda leaf: leaf.value, (arrays, *rest), is_leaf=_is_marked
+                lambda leaf: jnp.asarray(leaf.value), (arrays, *rest), is_leaf=_is_marked
             )
             perturbed = jax.tree.map(
-                lambda leaf: leaf.perturbed and eqx.is_inexact_array(leaf.value),
+                lambda leaf: leaf.perturbed and eqx.is_inexact_array(jnp.asarray(leaf.value)),
                 arrays,
                 is_leaf=_is_marked,
             )
@@ -196,6 +211,9 @@ def _reverse(options: Unrolled, history: int) -> Any:
             applied = jnp.round(solution.applications * share).astype(jnp.int32)
             none = vector.zeros_like(solution.value)
             record = record.filled(solution, no_adjoint(none, applied), none)
+            of_arrays, of_state, of_residual = forward_only(
+                (of_arrays, of_state, of_residual), _NO_SECOND_REVERSE
+            )
             return of_arrays, of_state, of_residual, None, record
 
         solve.defvjp(forward, pull, symbolic_zeros=True)

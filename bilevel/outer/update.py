@@ -14,7 +14,7 @@ from bilevel import vector
 from bilevel.outer.task import Task
 from bilevel.probe import Probe
 from bilevel.refinement.fidelity import Fidelity
-from bilevel.solution import Status
+from bilevel.status import Status
 
 Report: TypeAlias = Float[Array, " report"]
 """What one update did, one number for each of `REPORT`."""

@@ -9,6 +9,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from bilevel.budget import Budget
+from bilevel.description import described
 from bilevel.probe import Probe
 
 
@@ -59,6 +60,10 @@ class Fidelity(eqx.Module):
     static: tuple[tuple[str, Hashable], ...] = eqx.field(
         static=True, default=(), converter=_sorted_parts
     )
+
+    def __repr__(self) -> str:
+        """The numbers in a line."""
+        return described(self)
 
     def __check_init__(self) -> None:
         for name, budget in (("budget", self.budget), ("adjoint_budget", self.adjoint_budget)):

@@ -9,7 +9,6 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from bilevel import vector
 from bilevel.bound import BoundProblem
-from bilevel.solution import Status
 from bilevel.solver.first_order import FirstOrderSolver
 from bilevel.solver.line_search import (
     failure_of,
@@ -19,6 +18,7 @@ from bilevel.solver.line_search import (
     slack,
 )
 from bilevel.solver.parameter import positive, whole, within
+from bilevel.status import Status
 
 
 class ArmijoState(eqx.Module):

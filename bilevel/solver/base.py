@@ -10,7 +10,7 @@ from jaxtyping import Array, Int, PyTree
 from bilevel import vector
 from bilevel.bound import BoundProblem
 from bilevel.budget import Budget
-from bilevel.solution import Status
+from bilevel.status import Status
 
 
 class IncompatibleError(TypeError):
@@ -32,7 +32,11 @@ class InnerSolver(eqx.Module):
     """One iteration that drives the residual towards zero; subclass it for your own.
 
     A solver never decides when to stop: the one loop does, from the residual and the
-    budget.  A state is any pytree of arrays of fixed shapes.  The shortest solver:
+    budget.  A state is any pytree of arrays of fixed shapes; the iterate is its attribute
+    `x`, or the state itself, or what an overridden `value` returns.  The problem is a
+    `bilevel.bound.BoundProblem`, the inner problem at one θ, whose residual points
+    downhill.  Fields are declared as in a dataclass, without an `__init__`.  The shortest
+    solver:
 
     >>> import bilevel as bl
     >>> class Damped(bl.InnerSolver):
@@ -61,7 +65,7 @@ class InnerSolver(eqx.Module):
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()
-    instead: ClassVar[str] = "GMRES or NewtonKrylov"
+    instead: ClassVar[str] = "GMRES (for a linear system) or Newton"
     recursive: ClassVar[bool] = False
     stationary: ClassVar[bool] = False
     linear_adjoint: ClassVar[bool] = False
@@ -115,9 +119,16 @@ class InnerSolver(eqx.Module):
             reasons = "; ".join(_WHY[name] for name in missing)
             msg = (
                 f"{type(self).__name__} cannot solve this {problem.name}: {reasons}. "
-                f"Use {self.instead} instead."
+                f"Use {_instead(self.instead, missing, problem)} instead."
             )
             raise IncompatibleError(msg)
+
+
+def _instead(named: str, missing: list[str], problem: BoundProblem) -> str:
+    """What to use: a Krylov solver in place of another one helps no problem that is not linear."""
+    if "operator" not in missing:
+        return named
+    return "LBFGS or Newton" if problem.objective is not None else "Newton or Anderson"
 
 
 def default_tolerance(x: PyTree) -> float:

@@ -9,9 +9,9 @@ from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
 
 from bilevel import vector
 from bilevel.bound import BoundProblem
-from bilevel.solution import Status
 from bilevel.solver.base import InnerSolver
 from bilevel.solver.preconditioning import Preconditioner, precondition, prepare_preconditioner
+from bilevel.status import Status
 
 NEGLIGIBLE = 16.0
 """A cosine, or an image relative to the largest, of so many units of rounding is zero."""

@@ -9,11 +9,11 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from bilevel import vector
 from bilevel.bound import BoundProblem
-from bilevel.solution import Status
 from bilevel.solver.base import InnerSolver
 from bilevel.solver.lanczos import extreme_eigenvalues
 from bilevel.solver.parameter import number, positive, whole
 from bilevel.solver.preconditioning import precondition, prepare_preconditioner
+from bilevel.status import Status
 
 CAUTION = 4.0
 """How far below the smallest Ritz value the lower end may be put."""

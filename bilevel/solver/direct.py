@@ -13,9 +13,9 @@ from bilevel import vector
 from bilevel.bound import BoundProblem
 from bilevel.budget import Budget
 from bilevel.operator import LinearOperator
-from bilevel.solution import Status
 from bilevel.solver.base import InnerSolver
 from bilevel.solver.dense import coordinates, dense_matrix
+from bilevel.status import Status
 
 STALLED = 0.5
 """A step of refinement that leaves more than this share of the residual is the last one."""

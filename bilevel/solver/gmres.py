@@ -10,12 +10,12 @@ from jaxtyping import Array, Float, Inexact, Int, PyTree
 from bilevel import vector
 from bilevel.bound import BoundProblem
 from bilevel.budget import Budget
-from bilevel.solution import Status
 from bilevel.solver import basis as rows
 from bilevel.solver.arnoldi import NEGLIGIBLE, arnoldi
 from bilevel.solver.base import InnerSolver
 from bilevel.solver.parameter import whole
 from bilevel.solver.preconditioning import Preconditioner, precondition, prepare_preconditioner
+from bilevel.status import Status
 
 
 class GMRESState(eqx.Module):

@@ -7,12 +7,14 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from bilevel import vector
 from bilevel.bound import BoundProblem
 from bilevel.budget import Budget
 from bilevel.solver.base import InnerSolver
+from bilevel.solver.symmetry import APPLICATIONS, needs_look, symmetry_flaw
+from bilevel.status import Status
 
 
 class Iteration(eqx.Module):
@@ -24,6 +26,7 @@ class Iteration(eqx.Module):
     - `restart`: state -> a fresh state at the same value.
     - `scale`: the residual norm that relative tolerances refer to.
     - `noise`: a residual norm that may be due to rounding alone.
+    - `flaw`: a failure known before the first step; `None` where nothing was looked at.
     """
 
     solver: InnerSolver
@@ -33,6 +36,14 @@ class Iteration(eqx.Module):
     restart: Callable[..., Any]
     scale: Float[Array, ""]
     noise: Float[Array, ""]
+    flaw: Int[Array, ""] | None = None
+
+    def failure(self, state: PyTree) -> Int[Array, ""]:
+        """`Status.CONVERGED` while all is well, otherwise the status to stop with."""
+        failure = self.solver.failure(state)
+        if self.flaw is None:
+            return failure
+        return jnp.where(self.flaw == Status.CONVERGED, failure, self.flaw)
 
     def full(self, state: PyTree, residual: PyTree) -> tuple[PyTree, PyTree]:
         """One step, and the residual after it: nothing is evaluated twice."""
@@ -42,6 +53,11 @@ class Iteration(eqx.Module):
     def small(self, state: PyTree) -> PyTree:
         """One step that evaluates its residual itself: what a plain unrolled loop does."""
         return self.update(state, self.residual(state))
+
+    @property
+    def applications_before(self) -> int:
+        """Applications before the first step, besides those the solver counts."""
+        return 0 if self.flaw is None else APPLICATIONS
 
     def confirms(self, state: PyTree) -> bool:
         """Whether the residual the solver goes by may differ from the true one."""
@@ -82,6 +98,7 @@ def begin(
         loop follows.
     """
     state = solver.init(problem, x0)
+    _check_value(solver, state, x0)
     residual = solver.residual(problem, state)
     norm = vector.norm(residual)
     scale = problem.reference(norm)
@@ -96,6 +113,7 @@ def begin(
         restart=lambda state: solver.init(problem, solver.value(state)),
         scale=scale,
         noise=_noise(problem, norm, scale, x0),
+        flaw=symmetry_flaw(problem, x0) if needs_look(problem, solver.requires) else None,
     )
     return iteration, state, residual
 
@@ -120,7 +138,26 @@ def close_iteration(iteration: Iteration, state: PyTree, residual: PyTree) -> It
         restart=_no_restart,
         scale=iteration.scale,
         noise=iteration.noise,
+        flaw=iteration.flaw,
     )
+
+
+def _check_value(solver: InnerSolver, state: PyTree, x0: PyTree) -> None:
+    expected, got = (
+        [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in jax.tree.leaves(tree)]
+        for tree in (x0, solver.value(state))
+    )
+    if expected != got:
+        name = type(solver).__name__
+        msg = (
+            f"{name}: value(state) must be like x0, {_kinds(expected)}, got {_kinds(got)}. Define "
+            f"{name}.value(self, state) to return the iterate, or call that part of the state x."
+        )
+        raise TypeError(msg)
+
+
+def _kinds(leaves: list[tuple[tuple[int, ...], Any]]) -> str:
+    return ", ".join(f"{dtype}{list(shape)}" for shape, dtype in leaves)
 
 
 def _no_restart(state: PyTree) -> PyTree:

@@ -7,7 +7,6 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from bilevel import vector
 from bilevel.bound import BoundProblem
-from bilevel.solution import Status
 from bilevel.solver import basis
 from bilevel.solver.first_order import FirstOrderSolver
 from bilevel.solver.line_search import (
@@ -20,6 +19,7 @@ from bilevel.solver.line_search import (
 )
 from bilevel.solver.parameter import positive, whole, within
 from bilevel.solver.recall import recall
+from bilevel.status import Status
 
 
 class LBFGSState(eqx.Module):

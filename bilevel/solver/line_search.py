@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from bilevel import vector
 from bilevel.bound import BoundProblem
-from bilevel.solution import Status
+from bilevel.status import Status
 
 SLACK = 10.0
 """Rounding errors of an objective value, in units of its last place, that count as equal."""

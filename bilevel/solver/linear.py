@@ -8,9 +8,10 @@ from bilevel import vector
 from bilevel.bound import BoundProblem
 from bilevel.budget import Budget
 from bilevel.operator import LinearOperator
-from bilevel.solution import Solution, Status
+from bilevel.solution import Solution
 from bilevel.solver.base import InnerSolver
 from bilevel.solver.loop import run
+from bilevel.status import Status
 
 
 def trusted(solution: Solution) -> PyTree:
@@ -52,7 +53,7 @@ def solve_linear(
     solution = run(bound, solver, start, budget, minimum=1)
     if guess is None:
         idle = (solution.iterations == 0) & (solution.residual_norm > 0)
-        idle = idle & jnp.isfinite(solution.residual_norm)
+        idle = idle & (solution.status < Status.DIVERGED)
         status = jnp.where(idle, jnp.int32(Status.NOT_STARTED), solution.status)
         solution = eqx.tree_at(lambda s: s.status, solution, status)
     return solution, bound.residual(solution.value)

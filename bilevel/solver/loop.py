@@ -13,9 +13,10 @@ from jaxtyping import Array, Float, Int, PyTree
 from bilevel import vector
 from bilevel.bound import BoundProblem
 from bilevel.budget import Budget
-from bilevel.solution import Solution, Status
+from bilevel.solution import Solution
 from bilevel.solver.base import InnerSolver
 from bilevel.solver.iteration import Iteration, begin, stopping_norm
+from bilevel.status import Status
 
 BLOW_UP = 1e8
 """A residual this many times the start's counts as divergence: 27 doublings."""
@@ -148,7 +149,7 @@ def drive(
     else:
         state, _, progress, store = sweep(state, carried, progress, store)
         applications = jnp.asarray(solver.applications(state, progress.count), jnp.int32)
-        failure = solver.failure(state)
+        failure = iteration.failure(state)
         true_norm = progress.norm
         if iteration.confirms(state):
             true_norm = vector.norm(iteration.true_residual(state))
@@ -161,7 +162,7 @@ def drive(
         tolerance=limits.tolerance,
         scale=iteration.scale,
         rate=_rate(progress),
-        applications=applications,
+        applications=applications + iteration.applications_before,
         history=progress.history,
     )
     return state, solution, store
@@ -169,7 +170,6 @@ def drive(
 
 def _sweep(iteration: Iteration, limits: Limits, recorder: Recorder | None) -> Callable[..., Any]:
     """The loop itself: (state, carried residual, progress, store) -> the same at its end."""
-    solver = iteration.solver
 
     def plain_step(store: Any, count: Array, state: Any, residual: Any) -> tuple[Any, Any, Any]:
         del count
@@ -186,7 +186,7 @@ def _sweep(iteration: Iteration, limits: Limits, recorder: Recorder | None) -> C
             unfinished
             & (progress.count < limits.iterations)
             & (progress.norm <= BLOW_UP * limits.reference)  # false for NaN, too
-            & (solver.failure(state) == Status.CONVERGED)
+            & (iteration.failure(state) == Status.CONVERGED)
         )
 
     def body(carry: Any) -> Any:
@@ -282,7 +282,7 @@ def _confirmed(
         progress = eqx.tree_at(lambda p: p.square, progress, square)
         state, _, progress, _ = sweep(state, None, progress, None)
         applications = applications + solver.applications(state, progress.count - before)
-        failure = solver.failure(state)
+        failure = iteration.failure(state)
         state = iteration.restart(state)
         residual = iteration.residual(state)
         after = vector.dot(residual, residual)
@@ -299,7 +299,7 @@ def _confirmed(
         )
 
     square, none = progress.square, jnp.int32(0)
-    carry = (state, progress, square, square, none, solver.failure(state))
+    carry = (state, progress, square, square, none, iteration.failure(state))
     state, progress, square, _, applications, failure = jax.lax.while_loop(worthwhile, again, carry)
     # The last fresh state evaluated a residual, too.
     return state, progress, jnp.sqrt(square), applications + 1, failure

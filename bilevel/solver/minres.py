@@ -8,9 +8,9 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from bilevel import vector
 from bilevel.bound import BoundProblem
-from bilevel.solution import Status
 from bilevel.solver.base import InnerSolver
 from bilevel.solver.preconditioning import Preconditioner, precondition, prepare_preconditioner
+from bilevel.status import Status
 
 NEGLIGIBLE = 16.0
 """So many units of rounding, relative to the operator's norm, count as zero."""

@@ -11,11 +11,11 @@ from bilevel import vector
 from bilevel.bound import BoundProblem
 from bilevel.budget import Budget
 from bilevel.proximal import ProximalParts
-from bilevel.solution import Status
 from bilevel.solver.base import InnerSolver, default_tolerance
 from bilevel.solver.first_order import ITERATIONS
 from bilevel.solver.line_search import slack
 from bilevel.solver.parameter import positive, whole
+from bilevel.status import Status
 
 ACCELERATIONS = ("none", "fista", "restart")
 

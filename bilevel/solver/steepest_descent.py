@@ -8,9 +8,9 @@ from jaxtyping import Array, Int, PyTree
 
 from bilevel import vector
 from bilevel.bound import BoundProblem
-from bilevel.solution import Status
 from bilevel.solver.base import InnerSolver
 from bilevel.solver.preconditioning import precondition, prepare_preconditioner
+from bilevel.status import Status
 
 
 class SteepestDescentState(eqx.Module):

@@ -12,7 +12,8 @@ from jaxtyping import PyTree
 
 from bilevel import vector
 from bilevel.bound import BoundProblem
-from bilevel.inner_solve import as_vector, check_residual
+from bilevel.checking import check_like
+from bilevel.inner_solve import as_vector
 from bilevel.operator import LinearOperator
 from bilevel.problem import InnerProblem, as_inner_problem
 from bilevel.testing.conformance import Checklist, flat_norm, wide
@@ -30,6 +31,9 @@ def check_inner_problem(
     problem: object, theta: PyTree, x0: PyTree, *, solution: PyTree | None = None
 ) -> tuple[str, ...]:
     """Check an inner problem of your own.
+
+    The residual here is the one that solvers see, `problem.at(theta).residual`, which points
+    downhill whatever the sign of the problem's own; docs/custom.md explains the signs.
 
     In order, as far as each applies:
 
@@ -105,7 +109,7 @@ def _residual(checklist: Checklist, problem: InnerProblem, theta: PyTree, x0: Py
 
     name = "residual like x"
     try:
-        check_residual(checklist.subject, jax.eval_shape(residual, theta, x0), x0)
+        check_like(f"{checklist.subject}: the residual", jax.eval_shape(residual, theta, x0), x0)
     except TypeError as error:
         advice = "Return a pytree like x."
         checklist.fail(name, "a residual like x0", f"this: {error}", advice)

@@ -12,8 +12,9 @@ from bilevel import vector
 from bilevel.budget import Budget
 from bilevel.inner_solve import as_vector, solve
 from bilevel.problem import InnerProblem, as_inner_problem
-from bilevel.solution import Solution, Status
+from bilevel.solution import Solution
 from bilevel.solver.base import InnerSolver, default_tolerance
+from bilevel.status import Status
 from bilevel.testing.conformance import Checklist, flat_norm, relative_error
 from bilevel.testing.counting import CountedProblem, TraceCounter
 from bilevel.testing.inner_problem import depends_on_theta, rounding
@@ -57,6 +58,8 @@ def check_inner_solver(
     budget: Budget | None = None,
 ) -> tuple[str, ...]:
     """Check an inner solver of your own on a problem that it should solve.
+
+    How to write one, and which sign its residual has: docs/custom.md.
 
     In order:
 
@@ -165,7 +168,7 @@ def _converged(checklist: Checklist, subject: _Subject, solution: PyTree | None)
         "the status CONVERGED",
         f"{solved.diagnosis} (after {int(solved.iterations)} iterations, with a residual norm of "
         f"{float(solved.residual_norm):.1e} for a tolerance of {float(solved.tolerance):.1e})",
-        "Give a problem that the solver suits, settings that suit the problem, or budget=.",
+        _advice(subject, solved),
     )
     true_norm = subject.residual_norm(subject.theta, solved.value)
     # Another order of summation moves a residual that is all rounding.
@@ -186,6 +189,21 @@ def _converged(checklist: Checklist, subject: _Subject, solution: PyTree | None)
         )
     checklist.hold(name)
     return solved
+
+
+def _advice(subject: _Subject, solved: Solution) -> str:
+    """What to look at where a solve did not converge."""
+    few = Budget(iterations=FEW[-1])
+    after = float(subject.solve(subject.theta, subject.x0, few).residual_norm)
+    first = subject.residual_norm(subject.theta, subject.x0)
+    if int(solved.status) == Status.DIVERGED or after > first:
+        return (
+            f"The residual norm grew, from {first:.1e} to {after:.1e} in {FEW[-1]} iterations: the "
+            "step may be too long, or have the wrong sign. The residual that step gets, and "
+            "problem.residual, point downhill: x + α·residual with a small α > 0 moves towards "
+            "the solution."
+        )
+    return "Give a problem that the solver suits, settings that suit the problem, or budget=."
 
 
 def _noise(subject: _Subject, solved: Solution) -> float:

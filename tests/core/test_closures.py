@@ -344,3 +344,48 @@ def test_what_did_not_change_is_not_compiled_again():
         bl.solve(bl.RootFinding(own.residual), 2.0, start)  # a new method object every time
         counts.append(len(traces))
     assert len(set(counts)) == 1
+
+
+@pytest.mark.parametrize("name", ["Implicit", "Unrolled", "Neumann", "OneStep", "Nystrom"])
+def test_outside_jit_what_is_captured_counts_as_well(name: str):
+    """There JAX hands a captured number over as Python's, which is easily taken for a constant."""
+    options: dict[str, Any] = {**GRADIENT, "budget": bl.Budget(9), "adjoint_budget": bl.Budget(9)}
+    options["estimator"] = getattr(bl, name)()
+
+    def captured(theta: Any, other: Any) -> Any:
+        problem = bl.Minimization(lambda x, t: jnp.sum((x - theta * t) ** 2 + 0.1 * theta * x))
+        return jnp.sum(bl.solve(problem, other, X0, **options).value)
+
+    def passed(theta: Any, other: Any) -> Any:
+        problem = bl.Minimization(lambda x, t: jnp.sum((x - t[0] * t[1]) ** 2 + 0.1 * t[0] * x))
+        return jnp.sum(bl.solve(problem, (theta, other), X0, **options).value)
+
+    got = jax.grad(captured, argnums=(0, 1))(2.0, 3.0)
+    expected = jax.grad(passed, argnums=(0, 1))(2.0, 3.0)
+    np.testing.assert_allclose(got, expected, rtol=1e-12)
+    assert min(np.abs(expected)) > 0.1
+
+
+def test_the_gradient_of_a_hypergradient_sees_what_its_outer_loss_captured():
+    problem = bl.Minimization(lambda x, theta: jnp.sum(jnp.exp(theta) * x**2 - x))
+
+    def total(target: Any) -> Any:
+        result = bl.hypergradient(
+            lambda x, theta: jnp.sum((x - target) ** 2), problem, jnp.zeros(N), X0, error=False
+        )
+        return result.value + jnp.sum(result.gradient)
+
+    # x = 1/2 e^-θ: value Σ (x - t)², gradient Σ -2 (x - t) x.
+    expected = N * (-2 * (0.5 - 0.3) + 2 * 0.5)
+    np.testing.assert_allclose(jax.grad(total)(0.3), expected, rtol=1e-8)
+
+
+def test_reverse_mode_where_only_forward_mode_works_says_so():
+    def value(theta: Any, estimator: bl.Estimator) -> Any:
+        return loss(objective_passed(theta, estimator=estimator, **GRADIENT), theta)
+
+    theta = jnp.asarray(THETA)
+    with pytest.raises(TypeError, match=r"mode='forward'\) is for jax.jvp"):
+        jax.grad(value)(theta, bl.Unrolled(mode="forward"))
+    with pytest.raises(TypeError, match="needs forward mode over reverse mode"):
+        jax.jacrev(jax.grad(value))(theta, bl.Unrolled())

@@ -269,6 +269,27 @@ def test_broken_solvers_are_found_and_the_message_helps(solver: Any):
         assert error.advice.endswith(".")
 
 
+class Uphill(Good):
+    """The sign of the step is wrong."""
+
+    def step(self, problem: Any, state: Any, residual: Any) -> Any:
+        return vector.add_scaled(state, -0.5, residual)
+
+
+def test_a_step_of_the_wrong_sign_is_named_as_such():
+    with pytest.raises(ConformanceError) as caught:
+        check_inner_solver(Uphill())
+    assert "residual norm grew" in caught.value.advice
+    assert "wrong sign" in caught.value.advice
+    assert "downhill" in caught.value.advice
+
+
+def test_a_solver_that_stalls_is_not_told_about_signs():
+    with pytest.raises(ConformanceError) as caught:
+        check_inner_solver(Stalls())
+    assert "sign" not in caught.value.advice
+
+
 # -------------------------------------------------------------------- broken problems are found
 
 

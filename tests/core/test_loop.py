@@ -209,6 +209,12 @@ def contradictory() -> bl.Solution:
     return bl.solve(bl.Minimization(objective), 1.0, jnp.zeros(2), solver=bl.LBFGS())
 
 
+def undeclared() -> bl.Solution:
+    matrix = jnp.array([[3.0, 1.0], [0.0, 3.0]])
+    problem = bl.LinearSystem(lambda _: lambda v: matrix @ v, jnp.ones(2))
+    return bl.solve(problem, None, jnp.zeros(2), solver=bl.ConjugateGradient())
+
+
 REACHED = {
     bl.Status.CONVERGED: lambda: run(1.0, 3.0, 100, 1e-3, 0.0),
     bl.Status.BUDGET: lambda: run(1.0, 3.0, 3, 0.0, 0.0),
@@ -230,6 +236,7 @@ REACHED = {
     bl.Status.NONFINITE: lambda: run(jnp.nan, 3.0, 3, 0.0, 0.0),
     bl.Status.BREAKDOWN: lambda: linear(INDEFINITE, np.ones(3), bl.ConjugateGradient()),
     bl.Status.NOT_STARTED: idle_adjoint,
+    bl.Status.NOT_SYMMETRIC: undeclared,
     bl.Status.LINE_SEARCH: contradictory,
 }
 
@@ -247,7 +254,14 @@ def test_every_status_is_reached_and_explained(status: bl.Status):
 
 def test_failures_are_those_whose_result_must_not_be_used():
     failed = {status.name for status in bl.Status if status.failed}
-    assert failed == {"DIVERGED", "NONFINITE", "BREAKDOWN", "NOT_STARTED", "LINE_SEARCH"}
+    assert failed == {
+        "DIVERGED",
+        "NONFINITE",
+        "BREAKDOWN",
+        "NOT_STARTED",
+        "LINE_SEARCH",
+        "NOT_SYMMETRIC",
+    }
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,41 @@ def test_a_non_finite_outer_loss_is_no_zero_gradient(name: str, bad: float):
     assert int(report.failures) == 1
 
 
+@pytest.mark.parametrize("name", ["ConjugateGradient", "MINRES", "SteepestDescent", "Chebyshev"])
+def test_symmetry_that_nobody_declared_is_looked_at(name: str):
+    skew = np.triu(np.random.default_rng(0).standard_normal((N, N)), 1)
+    definite = jnp.asarray(6.0 * np.eye(N) + skew @ skew.T)
+    general = definite + 1e-3 * jnp.asarray(skew)
+
+    def solve(matrix: Any, **declared: Any) -> Any:
+        problem = bl.LinearSystem(lambda _: lambda v: matrix @ v, jnp.ones(N), **declared)
+        return bl.solve(problem, 1.0, jnp.zeros(N), solver=getattr(bl, name)())
+
+    def adjoint(matrix: Any) -> Any:
+        problem = bl.LinearSystem(lambda theta: lambda v: theta * (matrix @ v), jnp.ones(N))
+        return bl.hypergradient(
+            lambda x, theta: jnp.sum(x**2),
+            problem,
+            1.0,
+            jnp.zeros(N),
+            solver=bl.GMRES(),
+            estimator=bl.Implicit(solver=getattr(bl, name)()),
+        )
+
+    assert status_of(solve(definite)) is bl.Status.CONVERGED
+    found = solve(general)
+    assert status_of(found) is bl.Status.NOT_SYMMETRIC
+    assert int(found.iterations) == 0
+    # Who declares it is taken at his word, and pays for no look.
+    assert status_of(solve(general, symmetric=True)) is not bl.Status.NOT_SYMMETRIC
+    declared = solve(definite, symmetric=True, positive_definite=True)
+    assert int(solve(definite).applications) == int(declared.applications) + 2
+    result = adjoint(general)
+    assert status_of(result.adjoint) is bl.Status.NOT_SYMMETRIC
+    assert np.isnan(result.gradient)
+    assert np.isinf(result.error.total)
+
+
 def test_a_non_finite_start_is_said():
     example = EXAMPLES["convex"]
     solution, gradient, _ = evaluate(example.problem, example.theta, jnp.full(N, jnp.nan))

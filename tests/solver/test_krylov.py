@@ -94,6 +94,7 @@ def test_random_systems_are_solved(seed, scale):
 # ---------------------------------------------------------------------- what goes wrong
 
 BREAKDOWN, ROUNDING = bl.Status.BREAKDOWN, bl.Status.ROUNDING
+NOT_SYMMETRIC = bl.Status.NOT_SYMMETRIC
 CONVERGED, BUDGET = bl.Status.CONVERGED, bl.Status.BUDGET
 WRONG = {
     # kind: statuses of CG, MINRES, BiCGStab, GMRES(5)
@@ -102,9 +103,9 @@ WRONG = {
     "zero": (BREAKDOWN, BREAKDOWN, BREAKDOWN, BREAKDOWN),
     "indefinite": (BREAKDOWN, CONVERGED, CONVERGED, None),
     "negative": (BREAKDOWN, CONVERGED, CONVERGED, CONVERGED),
-    "skew": (None, BREAKDOWN, BREAKDOWN, None),
-    "cyclic shift": (BREAKDOWN, BREAKDOWN, BREAKDOWN, BREAKDOWN),
-    "rank one": (BREAKDOWN, BREAKDOWN, BREAKDOWN, BREAKDOWN),
+    "skew": (NOT_SYMMETRIC, NOT_SYMMETRIC, BREAKDOWN, None),
+    "cyclic shift": (NOT_SYMMETRIC, NOT_SYMMETRIC, BREAKDOWN, BREAKDOWN),
+    "rank one": (NOT_SYMMETRIC, NOT_SYMMETRIC, BREAKDOWN, BREAKDOWN),
 }
 
 

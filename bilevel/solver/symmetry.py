@@ -1,0 +1,60 @@
+"""A look at whether an operator is symmetric, where nobody said."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, PyTree
+
+from bilevel import vector
+from bilevel.bound import BoundProblem
+from bilevel.status import Status
+
+ROUNDING_ERRORS = 1e3
+"""Rounding errors by which ⟨A x, y⟩ and ⟨x, A y⟩ may differ."""
+
+APPLICATIONS = 2
+"""Of the operator, that the look takes."""
+
+
+def needs_look(problem: BoundProblem, requires: frozenset[str]) -> bool:
+    """Whether a solver needs a symmetric operator and the problem's is of unknown kind."""
+    return "symmetric" in requires and problem.operator is not None and problem.symmetric is None
+
+
+def symmetry_flaw(problem: BoundProblem, x: PyTree) -> Int[Array, ""]:
+    """`Status.NOT_SYMMETRIC` where ⟨A u, v⟩ ≠ ⟨u, A v⟩ for two arbitrary vectors u and v.
+
+    A Krylov method for symmetric operators on another one ends anywhere, and its budget
+    runs out as it does for a good one: the residual alone does not tell.
+    """
+    operator = problem.operator
+    assert operator is not None
+    u, v = _arbitrary(x, 1), _arbitrary(x, 2)
+    left, right = operator.matvec(u), operator.matvec(v)
+    defect = jnp.abs(vector.dot(left, v) - vector.dot(u, right))
+    size = vector.norm(left) * vector.norm(v) + vector.norm(u) * vector.norm(right)
+    # False for NaN, which is the loop's to find.
+    flawed: Bool[Array, ""] = defect > ROUNDING_ERRORS * vector.epsilon(x) * size
+    flaw = jnp.where(flawed, jnp.int32(Status.NOT_SYMMETRIC), jnp.int32(Status.CONVERGED))
+    return jax.lax.stop_gradient(flaw)
+
+
+def _arbitrary(x: PyTree, seed: int) -> PyTree:
+    """Numbers between -1 and 1 without a pattern, cheaper to compile than random ones."""
+
+    def numbers(leaf: Array, seed: int) -> Array:
+        hashed = jax.lax.iota(jnp.uint32, leaf.size) * jnp.uint32(2654435761)
+        hashed = hashed + jnp.uint32(seed * 0x9E3779B9 & 0xFFFFFFFF)
+        hashed = (hashed ^ (hashed >> 15)) * jnp.uint32(2246822519)
+        hashed = (hashed ^ (hashed >> 13)) * jnp.uint32(3266489917)
+        real = (hashed >> 8).astype(jnp.finfo(leaf.dtype).dtype) / 2.0**23 - 1.0
+        return real.reshape(leaf.shape)
+
+    leaves, treedef = jax.tree.flatten(x)
+    found: list[Array] = []
+    for place, leaf in enumerate(leaves):
+        own = 16 * place + 4 * seed
+        part = numbers(leaf, own)
+        if jnp.iscomplexobj(leaf):
+            part = jax.lax.complex(part, numbers(leaf, own + 1))
+        found.append(part)
+    return jax.tree.unflatten(treedef, found)
