@@ -67,6 +67,7 @@ def _check_matrix(kind: str, shape: tuple[int, ...], x: PyTree) -> None:
         shapes = ", ".join(str(leaf.shape) for leaf in leaves)
         msg = (
             f"{kind}: a matrix of shape {shape} acts on one array of {shape[0]} entries, got x0 of "
-            f"shape {shapes}. Give x0 the shape ({shape[0]},), or the operator as a matvec function."
+            f"shape {shapes}. Give x0 the shape ({shape[0]},), or the operator as a function "
+            "v -> A v."
         )
         raise TypeError(msg)
