@@ -20,11 +20,13 @@ from bilevel.outer import text
 from bilevel.outer.versions import installed, versions
 
 ADAPTERS = {
-    "bilevel_pde": ("pde", "PDE operators, preconditioners and steppers"),
-    "bilevel_arrays": ("arrays", "arrays of PyTorch, CuPy and others, device meshes"),
-    "bilevel_solvers": ("solvers", "solvers of jaxopt, optimistix, lineax, optax, scipy, pyamg"),
+    "bilevel_pde": ("pde", "operators of PDEs on grids"),
+    "bilevel_arrays": ("arrays", "planned: arrays of other libraries"),
+    "bilevel_solvers": ("solvers", "planned: other people's solvers"),
 }
 """Import package of each adapter, its extra, and what it brings."""
+
+_ABSENT = "not part of this version"
 
 _DISTRIBUTION = "bilevel"
 _REQUIREMENT = re.compile(r"^\s*([A-Za-z0-9._-]+)\s*(?:\[([^\]]*)\])?")
@@ -129,12 +131,26 @@ def _tables(found: dict[str, Any]) -> Group:
     for column in ("adapter", "found", "what it brings"):
         adapters.add_column(column)
     for name, present in found["adapters"].items():
-        adapters.add_row(name, "yes" if present else "no", ADAPTERS[name][1])
+        adapters.add_row(name, "yes" if present else _ABSENT, ADAPTERS[name][1])
+    of_adapter = {extra: name for name, (extra, _) in ADAPTERS.items()}
+
+    def absent(extra: str) -> bool:
+        return not found["adapters"].get(of_adapter.get(extra, ""), True)
+
+    useless = {
+        name
+        for extra, state in found["extras"].items()
+        if absent(extra)
+        for name in state["missing"]
+    }
     extras = text.table(title="extras")
     for column in ("extra", "missing", "to install"):
         extras.add_column(column)
     for extra, state in found["extras"].items():
-        missing = state["missing"]
-        command = escape(f"pip install 'bilevel[{extra}]'") if missing else ""
-        extras.add_row(extra, ", ".join(missing) or "nothing", command)
+        missing = [name for name in state["missing"] if absent(extra) or name not in useless]
+        # bilevel is on no package index, so an extra of it cannot be asked for by name.
+        command = escape(f"pip install {' '.join(missing)}") if missing else ""
+        extras.add_row(
+            extra, ", ".join(missing) or "nothing", _ABSENT if absent(extra) else command
+        )
     return Group(version_table, devices, adapters, extras)

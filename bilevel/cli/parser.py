@@ -74,7 +74,12 @@ def _parsers() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     run = _command(commands, "run", "train a task", f"{_FILE}\n{_POLICIES}")
     _add_task(run)
-    run.add_argument("--policy", metavar="P", help="how accurate each step is (see below)")
+    run.add_argument(
+        "--policy",
+        metavar="P",
+        help="how accurate each step is, see below (the task's own controller, else prdp on its "
+        "ladder, else full)",
+    )
     run.add_argument("--seed", type=_seed, default=0, metavar="N", help="random seed (0)")
     run.add_argument("--resume", action="store_true", help="go on with the run in --directory")
     _add_output(run)
@@ -84,7 +89,9 @@ def _parsers() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
     )
     _add_task(compare)
     compare.add_argument(
-        "--policies", metavar="P,P,...", help="what to compare (the task's own, else full,prdp)"
+        "--policies",
+        metavar="P,P,...",
+        help="what to compare (what the task recommends, else full and run's policy)",
     )
     compare.add_argument(
         "--seeds",

@@ -51,7 +51,8 @@ def run(options: argparse.Namespace) -> int:
                 label=policy.text,
             )
     except NonFiniteError as error:
-        say(str(error))
+        if options.quiet:  # else the progress has said it
+            say(str(error))
         return FAILED
     put(outcome.summary.to_json()) if options.json else console().print(outcome.table())
     report(file, task, [outcome], directory)

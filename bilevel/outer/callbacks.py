@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
 from jaxtyping import PyTree
@@ -191,11 +191,13 @@ class _Function(Callback):
         self.function(event)
 
 
-def as_callbacks(callbacks: Sequence[AnyCallback]) -> list[Callback]:
-    """Callbacks, with functions wrapped.
+def as_callbacks(callbacks: AnyCallback | Sequence[AnyCallback]) -> list[Callback]:
+    """Callbacks, with functions wrapped; a single one stands for a list of one.
 
     **Raises:** `TypeError` for what is neither, or for a class instead of an object.
     """
+    if isinstance(callbacks, Callback) or not isinstance(callbacks, Iterable):
+        callbacks = [callbacks]
     listed: list[Callback] = []
     for entry in callbacks:
         if isinstance(entry, Callback):
@@ -204,8 +206,10 @@ def as_callbacks(callbacks: Sequence[AnyCallback]) -> list[Callback]:
             listed.append(_Function(entry))
         else:
             msg = (
-                "optimize: callbacks should hold Callback objects or functions of one event, got "
+                "optimize: callbacks should be Callback objects or functions of one event, got "
                 f"{entry!r}."
             )
+            if isinstance(entry, type):
+                msg += f" Write {entry.__name__}(...)."
             raise TypeError(msg)
     return listed

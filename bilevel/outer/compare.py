@@ -31,7 +31,7 @@ def compare(
     directory: str | os.PathLike[str] | None = None,
     target: float | None = None,
     margin: float = 0.05,
-    callbacks: Sequence[AnyCallback] = (),
+    callbacks: AnyCallback | Sequence[AnyCallback] = (),
     progress: bool | Reporter = True,
     max_nonfinite: int = 10,
     overwrite: bool = False,
@@ -45,9 +45,10 @@ def compare(
     **Arguments:**
 
     - `task`: a task, or ``task(seed) -> Task`` where start or data depend on the seed.
-    - `policies`: as in [`parse_policy`][]: `full`, `fixed=K`, `best-fixed`,
-        `schedule=linear:STEP`, `hoag=...`, `prdp`, `error`, `task`. By default what the
-        task recommends, else `full` and its default.
+    - `policies`: of `full`, `fixed=K`, `fixed=K:M`, `best-fixed`, `best-fixed=RUNS`,
+        `schedule=linear:STEP`, `hoag=exponential|quadratic|cubic`, `prdp`, `error`, `task`,
+        which ``bilevel compare --help`` explains. By default what the task recommends, else
+        `full` and the task's controller, or `prdp` on its ladder.
     - `seeds`: how many, from 0, or the seeds themselves.
     - `optimizer`, `epochs`, `callbacks`, `progress`, `max_nonfinite`: as in
         [`optimize`][].

@@ -322,7 +322,7 @@ class Comparison:
         targets = [self.target_of(place) for place in range(self._seeds)]
         level = Spread.of(targets)
         where = text.NOTHING if level is None else text.number(level.mean)
-        how = "" if self.target is not None else f", full's final one + {self.margin:.0%}"
+        how = "" if self.target is not None else f", full's final one + {100 * self.margin:.3g} %"
         table = text.table(title=escape(f"until {self.metric_name} ≤ {where}{how}"))
         _columns(table, ("policy", "epochs", "Σ iterations", "saved", "wall, s", "saved"))
         table.add_column("without compile", justify="right")
@@ -349,6 +349,8 @@ class Comparison:
 
     def _notes(self) -> list[str]:
         notes: list[str] = []
+        if any(row.runs > 1 for row in self.rows):
+            notes.append("Means over the seeds, ± the sample's standard deviation.")
         if self.search:
             tried = ", ".join(
                 f"{candidate.iterations}" for candidate in sorted(self.search, key=_by_level)
@@ -385,7 +387,8 @@ def _saved(value: Spread | None, base: Row | None, name: str) -> str:
     reference: Spread | None = None if base is None else getattr(base, name)
     if value is None or reference is None or not reference.mean > 0:
         return ""
-    return f"{1 - value.mean / reference.mean:.0%}"
+    saved = round(100 * (1 - value.mean / reference.mean))
+    return f"{saved} %" if saved >= 0 else f"{-saved} % more"
 
 
 def _relative(run: Run) -> str:

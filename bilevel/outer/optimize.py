@@ -50,7 +50,7 @@ def optimize(
     epochs: int | None = None,
     directory: str | os.PathLike[str] | None = None,
     seed: int = 0,
-    callbacks: Sequence[AnyCallback] = (),
+    callbacks: AnyCallback | Sequence[AnyCallback] = (),
     progress: bool | Reporter = True,  # noqa: FBT001, FBT002
     *,
     max_nonfinite: int = 10,
@@ -78,7 +78,7 @@ def optimize(
         `theta.npz`, `summary.json` and `checkpoint.npz`; `None` keeps nothing.
     - `seed`: of the random keys that batches get, >= 0.
     - `callbacks`: [`Callback`][] objects, or functions called with an [`Event`][] after
-        every epoch.
+        every epoch; one, or a sequence of them.
     - `progress`: `True` for a bar on a terminal and lines elsewhere, on standard error;
         `False` for none; or a reporter of your own.
     - `max_nonfinite`: updates in a row whose loss or gradient is not finite before the
@@ -173,6 +173,13 @@ def _controller(task: Task, controller: Any | None) -> Any:
             )
             raise ValueError(msg)
         controller = FixedFidelity(full)
+    if isinstance(controller, str):
+        msg = (
+            f"optimize: controller should be a controller, got {controller!r}. Policies by name "
+            "are for bl.compare(task, policies=[...]) and the command line; here give an object, "
+            "for example bl.ProgressiveRefinement(ladder)."
+        )
+        raise TypeError(msg)
     check_parts(
         "optimize", "controller", controller, ("init", "update", "fidelity"), "a controller"
     )

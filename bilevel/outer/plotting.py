@@ -1,6 +1,8 @@
 """Plotting: what a run or a comparison looks like."""
 
 import os
+import re
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,19 @@ from bilevel.outer.history import History
 from bilevel.outer.run import Run
 
 # Okabe and Ito's palette, which stays apart under every kind of colour blindness, without
-# its yellow, which does not show on white.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_STYLES = ("-", "--", "-.", ":")
+# its yellow, which does not show on white. A kind of policy has one colour in all pictures.
+_COLOURS = {
+    "full": "#0072B2",
+    "prdp": "#009E73",
+    "fixed": "#D55E00",
+    "best-fixed": "#E69F00",
+    "hoag": "#CC79A7",
+    "schedule": "#56B4E9",
+    "error": "#000000",
+    "task": "#7A5230",
+}
+_OTHERS = ("#5B4B9A", "#8A8D00", "#A0204C", "#5F6B73")
+_STYLES = ("-", (0, (6, 2.5)), (0, (2.2, 1.6)), (0, (7, 1.8, 1.4, 1.8)), (0, (1, 1.2)))
 _DECADE = 10.0
 
 
@@ -29,16 +41,16 @@ def plot_runs(
     title: str = "",
     metric_name: str = "metric",
 ) -> Path:
-    """Draw the metric against outer steps and against work, and the budget against outer steps.
+    """Draw the metric against outer steps and against work, and the budgets against outer steps.
 
-    Each policy has a colour and its name at the end of its line; several seeds are drawn
-    as thin lines around their median.
+    A kind of policy has the same colour in every picture, and lines that coincide show
+    through each other's gaps.  Several seeds are drawn as thin lines around their median.
 
     **Arguments:**
 
     - `runs`: by policy, one for each seed.
     - `path`: of the picture; the ending says the format, PNG, PDF or SVG.
-    - `title`: above all panels.
+    - `title`: above the names of the policies.
     - `metric_name`: what the metric is, with its unit.
 
     **Returns:** the path.
@@ -58,20 +70,28 @@ def plot_runs(
     if not drawn:
         msg = "there is nothing to draw: no run has finished an epoch."
         raise ValueError(msg)
-    figure = _figure(width=15.0, height=4.6)
     counted = any(run.history.work for group in drawn.values() for run in group)
-    panels = [
-        _Panel(_steps_name(drawn), metric_name, _epochs, _column("metric")),
-        _Panel("Σ inner and adjoint iterations", metric_name, _work, _column("metric")),
-        _Panel(_steps_name(drawn), *_budget_panel(drawn)),
-    ]
-    if not counted:
-        del panels[1]
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    by_cap, by_tolerance = _budget_kinds(drawn)
+    panels = [_Panel(_steps_name(drawn), metric_name, _epochs, _column("metric"), drawn)]
+    if counted:
+        name = "Σ primal and adjoint iterations"
+        panels.append(_Panel(name, metric_name, _work, _column("metric"), drawn))
+    if by_cap or not by_tolerance:
+        name = "budget: iterations allowed in a solve"
+        panels.append(_Panel(_steps_name(drawn), name, _epochs, _allowed, by_cap or drawn))
+    if by_tolerance:
+        name, rtol = "budget: relative tolerance of a solve", _column("budget_rtol")
+        panels.append(_Panel(_steps_name(drawn), name, _epochs, rtol, by_tolerance))
+    rows = 2 if len(panels) > 3 else 1
+    columns = len(panels) // rows
+    figure = _figure(width=4.8 * columns, height=4.0 * rows + 0.8)
+    looks = _looks(list(drawn))
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel, axis in zip(panels, axes, strict=True):
-        panel.draw(axis, drawn)
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+        panel.draw(axis, looks)
+    _legend(figure, looks, title)
+    if notes := _notes(drawn, by_cap, by_tolerance):
+        figure.supxlabel("\n".join(notes), x=0.01, ha="left", fontsize=8, color="#444444")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)
@@ -79,50 +99,42 @@ def plot_runs(
 
 
 Series = Callable[[History], np.ndarray]
+Runs = Mapping[str, Sequence[Run]]
 
 
 class _Panel:
-    def __init__(self, x_name: str, y_name: str, x: Series, y: Series):
+    def __init__(self, x_name: str, y_name: str, x: Series, y: Series, runs: Runs):
         self.x_name = x_name
         self.y_name = y_name
         self.x = x
         self.y = y
-        self.whole = y is _allowed
+        self.runs = runs
 
-    def draw(self, axis: Any, runs: Mapping[str, Sequence[Run]]) -> None:
-        ends: list[tuple[float, float, str, str]] = []
-        everything: list[np.ndarray] = []
+    def draw(self, axis: Any, looks: Mapping[str, dict[str, Any]]) -> None:
+        heights: list[np.ndarray] = []
         spans: list[np.ndarray] = []
-        for place, (name, group) in enumerate(runs.items()):
-            colour = _COLOURS[place % len(_COLOURS)]
-            style = _STYLES[place // len(_COLOURS) % len(_STYLES)]
-            # Lines that coincide stay visible: the later one is the thinner.
-            width = max(2.8 - 0.3 * place, 1.2)
+        for name, group in self.runs.items():
+            look = looks[name]
             lines = [line for line in (self._line(run.history) for run in group) if line[0].size]
-            for x, y in lines:
-                many = len(lines) > 1
-                thin = {"lw": 0.7, "alpha": 0.45} if many else {"lw": width}
-                axis.plot(x, y, style, color=colour, **thin)
             if not lines:
                 continue
-            x, y = _median(lines)
             if len(lines) > 1:
-                axis.plot(x, y, style, color=colour, lw=width)
-            everything += [y for _, y in lines]
+                for x, y in lines:
+                    axis.plot(x, y, color=look["color"], lw=0.7, alpha=0.45, zorder=2)
+            x, y = _median(lines)
+            axis.plot(x, y, **look)
+            axis.plot(x[-1:], y[-1:], "o", color=look["color"], ms=4, zorder=look["zorder"])
+            heights += [y for _, y in lines]
             spans += [x for x, _ in lines]
-            ends.append((float(x[-1]), float(y[-1]), name, colour))
-        logarithmic = _scale(axis.set_yscale, everything)
-        if self.whole and logarithmic:
-            _plain_ticks(axis.yaxis)
+        _scale(axis.set_yscale, axis.yaxis, heights, whole=self.y is _allowed)
         if self.x is _work:
-            _scale(axis.set_xscale, spans, least=2.0)
+            _scale(axis.set_xscale, axis.xaxis, spans, least=2.0)
         axis.set_xlabel(self.x_name)
         # Above the axis a name reads from left to right and may be long.
         axis.set_title(self.y_name, loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(visible=True, color="#dddddd", lw=0.6)
         axis.set_axisbelow(True)
-        _label(axis, ends)
 
     def _line(self, history: History) -> tuple[np.ndarray, np.ndarray]:
         x, y = self.x(history), self.y(history)
@@ -130,11 +142,62 @@ class _Panel:
         return x[usable], y[usable]
 
 
+def _looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour by kind of policy; style, width and order by place, so that all lines show."""
+    looks: dict[str, dict[str, Any]] = {}
+    taken: set[str] = set()
+    for place, name in enumerate(names):
+        # `fixed=4` and `full, seed 0`: the kind comes first.
+        colour = _COLOURS.get(re.split("[=,]", name)[0])
+        if colour is None:
+            # A checksum, for Python's own hash differs from process to process.
+            first = zlib.crc32(name.encode()) % len(_OTHERS)
+            turned = _OTHERS[first:] + _OTHERS[:first]
+            colour = next((other for other in turned if other not in taken), turned[0])
+            taken.add(colour)
+        looks[name] = {
+            "color": colour,
+            "linestyle": _STYLES[place % len(_STYLES)],
+            "lw": max(3.4 - 0.4 * place, 1.8),
+            "zorder": 3 + 0.1 * place,
+        }
+    return looks
+
+
+def _legend(figure: Any, looks: Mapping[str, dict[str, Any]], title: str) -> None:
+    """Names above all panels, where they are in no line's way; the title above them."""
+    from matplotlib.lines import Line2D  # noqa: PLC0415
+
+    figure.legend(
+        handles=[Line2D([], [], label=name, **look) for name, look in looks.items()],
+        loc="outside upper left",
+        ncols=min(len(looks), 5),
+        frameon=False,
+        handlelength=3.6,
+        fontsize=9,
+        title=title or None,
+        title_fontproperties={"size": 12, "weight": "bold"},
+        alignment="left",
+    )
+
+
+def _notes(runs: Runs, by_cap: Runs, by_tolerance: Runs) -> list[str]:
+    notes: list[str] = []
+    most = max(len(group) for group in runs.values())
+    if most > 1:
+        notes.append(f"Thin lines: one seed each, of {most}. Thick lines: their median.")
+    aside = [name for name in by_tolerance if by_cap and name not in by_cap]
+    if aside:
+        verb = "goes by its tolerance" if len(aside) == 1 else "go by their tolerance"
+        notes.append(f"{', '.join(aside)} {verb}, under a cap on iterations that stays the same.")
+    return notes
+
+
 def _figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415
     except ImportError as error:
-        msg = "pictures need matplotlib: pip install 'bilevel[plot]'"
+        msg = "pictures need matplotlib: pip install matplotlib"
         raise MissingPlotsError(msg) from error
     return Figure(figsize=(width, height), layout="constrained")
 
@@ -153,20 +216,29 @@ def _work(history: History) -> np.ndarray:
     return np.where(spent > 0, spent, np.nan)
 
 
-def _steps_name(runs: Mapping[str, Sequence[Run]]) -> str:
+def _steps_name(runs: Runs) -> str:
     updates = max(record.updates for group in runs.values() for r in group for record in r.history)
     return "outer step" if updates <= 1 else f"epoch ({updates} outer steps each)"
 
 
-def _budget_panel(runs: Mapping[str, Sequence[Run]]) -> tuple[str, Series, Series]:
-    """Iterations allowed, or the tolerance where that is what changes."""
-    histories = [run.history for group in runs.values() for run in group]
-    caps = {record.budget_iterations for history in histories for record in history}
-    tolerances = {record.budget_rtol for history in histories for record in history}
-    capped = {cap for cap in caps if cap is not None and cap < UNLIMITED}
-    if len(capped) > 1 or len(tolerances - {None, 0.0}) < 1:
-        return "budget: iterations allowed in a solve", _epochs, _allowed
-    return "budget: relative tolerance of a solve", _epochs, _column("budget_rtol")
+def _budget_kinds(runs: Runs) -> tuple[Runs, Runs]:
+    """Policies whose caps are drawn, and those whose tolerances are.
+
+    A policy goes by its tolerance where that is positive and the cap does not move.
+    """
+    by_cap: dict[str, Sequence[Run]] = {}
+    by_tolerance: dict[str, Sequence[Run]] = {}
+    for name, group in runs.items():
+        caps, tolerances = (
+            {value for run in group for value in form(run.history) if np.isfinite(value)}
+            for form in (_allowed, _column("budget_rtol"))
+        )
+        moving = len(tolerances - {0.0}) > 1 or (bool(tolerances - {0.0}) and not caps)
+        if moving:
+            by_tolerance[name] = group
+        if caps and not (moving and len(caps) == 1):
+            by_cap[name] = group
+    return by_cap, by_tolerance
 
 
 def _allowed(history: History) -> np.ndarray:
@@ -183,67 +255,39 @@ def _median(lines: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray,
 
 
 def _scale(
-    set_scale: Callable[[str], None], values: Sequence[np.ndarray], least: float = 1
-) -> bool:
-    """A logarithmic axis for positive numbers over more than some decades."""
+    set_scale: Callable[[str], None],
+    axis: Any,
+    values: Sequence[np.ndarray],
+    least: float = 1,
+    *,
+    whole: bool = False,
+) -> None:
+    """A logarithmic axis for positive numbers over more than some decades; few ticks."""
+    from matplotlib.ticker import (  # noqa: PLC0415
+        FuncFormatter,
+        LogFormatterMathtext,
+        LogLocator,
+        NullLocator,
+    )
+
     together = np.concatenate(values) if values else np.zeros(0)
-    if together.size and together.min() > 0 and together.max() / together.min() > _DECADE**least:
-        set_scale("log")
-        return True
-    return False
+    if not together.size:
+        return
+    low, high = float(together.min()), float(together.max())
+    if not (low > 0 and high / low > _DECADE**least):
+        axis.set_major_formatter(FuncFormatter(_number))
+        axis.get_major_locator().set_params(nbins=6, integer=whole)
+        return
+    set_scale("log")
+    axis.set_minor_locator(NullLocator())
+    if high / low < _DECADE**2:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    else:
+        axis.set_major_locator(LogLocator(numticks=7))
+    plain = low >= 1e-2 and high < 1e4
+    axis.set_major_formatter(FuncFormatter(_number) if plain else LogFormatterMathtext())
 
 
-def _plain_ticks(axis: Any) -> None:
-    """1, 2, 5, 10, ... written out, as counts are read."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: PLC0415
-
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _label(axis: Any, ends: list[tuple[float, float, str, str]]) -> None:
-    """Name each line at its end, names kept apart from each other."""
-    axis.figure.canvas.draw()  # the scales are settled only now
-    box = axis.get_window_extent()
-    pixels = [axis.transData.transform((x, y))[1] for x, y, _, _ in ends]
-    order = sorted(range(len(ends)), key=lambda place: pixels[place])
-    heights = _apart([(pixels[place] - box.y0) / box.height for place in order])
-    for place, height in zip(order, heights, strict=True):
-        x, y, name, colour = ends[place]
-        axis.annotate(
-            name,
-            xy=(x, y),
-            xytext=(1.03, height),
-            textcoords="axes fraction",
-            color=colour,
-            fontsize=9,
-            va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.5, "alpha": 0.6},
-        )
-
-
-def _apart(heights: Sequence[float], gap: float = 0.055) -> list[float]:
-    """Ascending heights moved as little as possible to stand a gap apart, inside [0, 1].
-
-    Groups that touch are merged and centred on the mean of what they wanted.
-    """
-    groups: list[list[float]] = []
-    for height in heights:
-        groups.append([height])
-        while len(groups) > 1 and _top(groups[-2], gap) + gap > _bottom(groups[-1], gap):
-            groups[-2:] = [groups[-2] + groups[-1]]
-    placed = [_bottom(group, gap) + gap * k for group in groups for k in range(len(group))]
-    for place in reversed(range(len(placed))):
-        limit = 1.0 if place == len(placed) - 1 else placed[place + 1] - gap
-        placed[place] = min(placed[place], limit)
-    return placed
-
-
-def _bottom(group: Sequence[float], gap: float) -> float:
-    return max(sum(group) / len(group) - gap * (len(group) - 1) / 2, 0.0)
-
-
-def _top(group: Sequence[float], gap: float) -> float:
-    return _bottom(group, gap) + gap * (len(group) - 1)
+def _number(value: float, _: object = None) -> str:
+    """A tick, as numbers are read: 0.05, 12, 20,000."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"

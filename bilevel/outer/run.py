@@ -131,7 +131,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """How it ended; see [`Summary`][]."""
+        """How it ended; see `bilevel.outer.run.Summary`."""
         return self.summary.status
 
     def save(self, directory: str | os.PathLike[str]) -> None:

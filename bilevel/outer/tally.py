@@ -22,6 +22,8 @@ class Tally:
     - `updates`, `nonfinite`: updates made and updates skipped in this epoch.
     - `made`: updates made in all epochs.
     - `longest`: most updates in a row that were not finite, in all epochs.
+    - `streak_failures`: solves that failed, primal or adjoint, in the latest updates in a
+        row that were not finite.
 
     **Arguments:**
 
@@ -31,6 +33,7 @@ class Tally:
     def __init__(self, ahead: int = 32):
         self.made = 0
         self.longest = 0
+        self.streak_failures = 0
         self._streak = 0
         self._ahead = ahead
         self._waiting: deque[jax.Array] = deque()
@@ -88,10 +91,12 @@ class Tally:
             self._over_made += row
             self.updates += 1
             self.made += 1
-            self._streak = 0
+            self._streak = self.streak_failures = 0
         else:
             self.nonfinite += 1
             self._streak += 1
+            failures = float(row[_PLACE["failures"]])
+            self.streak_failures += round(failures) if math.isfinite(failures) else 0
             self.longest = max(self.longest, self._streak)
 
 

@@ -1,7 +1,6 @@
 """Task: what is trained."""
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -19,12 +18,22 @@ from bilevel.outer.settings import TaskSettings, validated
 from bilevel.refinement.fidelity import Fidelity
 from bilevel.refinement.ladder import Ladder
 from bilevel.refinement.progressive import ProgressiveRefinement
+from bilevel.signature import brief, check_callable
 
 Loss: TypeAlias = Callable[[PyTree, Any, Fidelity], Array]
 """``loss(theta, batch, fidelity) -> scalar``."""
 
 Batches: TypeAlias = Sequence[Any] | Callable[[int, PRNGKeyArray], Iterable[Any]]
 """A sequence of batches, or ``batches(epoch, key) -> iterable of batches``."""
+
+
+_FUNCTIONS = {
+    "loss": ("theta", "batch", "fidelity"),
+    "hypergradient": ("theta", "batch", "fidelity"),
+    "validate": ("theta",),
+    "projection": ("theta",),
+    "report": ("runs", "directory"),
+}
 
 
 class Hypergradient(Protocol):
@@ -99,6 +108,8 @@ class Task:
     >>> task = Task(5.0, loss, validate=lambda theta: abs(theta - 2.0), name="distance")
     >>> task.parameters.dtype.kind
     'f'
+
+    How to write a file of them, and how to do without them: docs/tasks.md.
     """
 
     theta0: PyTree
@@ -126,7 +137,7 @@ class Task:
         self._check_recommendations()
         if not jax.tree.leaves(self.trainable):
             msg = (
-                f"Task: theta0 holds nothing to train, got {_brief(self.theta0)}. Give it at least "
+                f"Task: theta0 holds nothing to train, got {brief(self.theta0)}. Give it at least "
                 "one floating-point array; write 5.0 rather than 5."
             )
             raise ValueError(msg)
@@ -173,7 +184,7 @@ class Task:
         if not isinstance(found, Iterable):
             msg = (
                 f"Task: batches(epoch, key) should return an iterable of batches, got "
-                f"{_brief(found)}."
+                f"{brief(found)}."
             )
             raise TypeError(msg)
         count = 0
@@ -188,17 +199,17 @@ class Task:
             given = "neither" if self.loss is None else "both"
             msg = f"Task: give either loss or hypergradient, got {given}."
             raise ValueError(msg)
-        for name in ("loss", "hypergradient", "validate", "projection", "report"):
+        for name, arguments in _FUNCTIONS.items():
             value = getattr(self, name)
-            if value is not None and not callable(value):
-                msg = f"Task: {name} should be a function, got {_brief(value)}."
-                raise TypeError(msg)
-        for name, arguments in (("loss", 3), ("hypergradient", 3), ("validate", 1)):
-            _check_arguments(name, getattr(self, name), arguments)
+            if value is not None:
+                check_callable("Task", name, value, arguments)
 
     def _check_batches(self) -> None:
         batches: Any = self.batches
-        if batches is None or callable(batches):
+        if batches is None:
+            return
+        if callable(batches):
+            check_callable("Task", "batches", batches, ("epoch", "key"))
             return
         if isinstance(batches, jax.Array | np.ndarray):
             msg = (
@@ -209,7 +220,7 @@ class Task:
         if not isinstance(batches, Sequence) or isinstance(batches, str | bytes):
             msg = (
                 f"Task: batches should be None, a sequence or a function of (epoch, key), got "
-                f"{_brief(batches)}. An iterator is empty after one epoch: give list(batches)."
+                f"{brief(batches)}. An iterator is empty after one epoch: give list(batches)."
             )
             raise TypeError(msg)
         if not batches:
@@ -231,7 +242,7 @@ class Task:
         for name, kinds in (("ladder", Ladder), ("full", Fidelity | Budget)):
             value = getattr(self, name)
             if value is not None and not isinstance(value, kinds):
-                msg = f"Task: {name} should be a {_kinds(kinds)}, got {_brief(value)}."
+                msg = f"Task: {name} should be a {_kinds(kinds)}, got {brief(value)}."
                 raise TypeError(msg)
         check_parts("Task", "optimizer", self.optimizer, ("init", "update"), "an optax optimizer")
         check_parts(
@@ -250,27 +261,12 @@ def check_parts(owner: str, name: str, value: Any, parts: tuple[str, ...], expec
         return
     missing = [part for part in parts if not callable(getattr(value, part, None))]
     if missing or isinstance(value, type):
-        why = "a class instead of an object of it" if isinstance(value, type) else _brief(value)
+        why = "a class instead of an object of it" if isinstance(value, type) else brief(value)
         msg = (
             f"{owner}: {name} should be {expected} with {', '.join(parts)}, got {why}"
             f"{'' if isinstance(value, type) else ' without ' + ', '.join(missing)}."
         )
         raise TypeError(msg)
-
-
-def _check_arguments(name: str, function: Any, count: int) -> None:
-    if function is None:
-        return
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # built in, or C
-        return
-    try:
-        signature.bind(*range(count))
-    except TypeError:
-        wanted = "theta, batch, fidelity" if count == 3 else "theta"
-        msg = f"Task: {name} should take ({wanted}), but it takes {signature}."
-        raise TypeError(msg) from None
 
 
 def _array(leaf: Any, *, numbers: bool) -> Any:
@@ -286,9 +282,3 @@ def _names(policies: Any) -> Any:
 
 def _kinds(kinds: Any) -> str:
     return " or a ".join(kind.__name__ for kind in getattr(kinds, "__args__", (kinds,)))
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    short = text if len(text) <= 60 else f"{text[:60]}..."
-    return f"{short} of type {type(value).__name__}"

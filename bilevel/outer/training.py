@@ -91,7 +91,9 @@ class Training:
     def place(self) -> str:
         """Where it is, in words."""
         if self._batch:
-            return f"in epoch {self._epoch + 1} (updates so far: {self._batch})"
+            several = batches_in(self._task.batches) != 1
+            so_far = f" (updates so far: {self._batch})" if several else ""
+            return f"in epoch {self._epoch + 1}{so_far}"
         return f"after epoch {self._epoch}" if self._epoch else "before the first update"
 
     def go(self) -> None:
@@ -232,9 +234,11 @@ class Training:
             self._work = record.work + (self._work or 0)
         self._progress.epoch(record, self._work)
         if record.nonfinite:
+            failed = f"; inner solves failed: {record.failures}" if record.failures else ""
             self._progress.note(
                 f"epoch {record.epoch}: {record.nonfinite} of {record.nonfinite + record.updates} "
-                "updates skipped, for the loss, its gradient or the next theta was not finite"
+                f"updates skipped, for the loss, its gradient or the next theta was not finite"
+                f"{failed}"
             )
 
     def _check_streak(self) -> None:
@@ -243,11 +247,20 @@ class Training:
             return
         spent = limits(self._control.fidelity)
         where = "" if spent["level"] is None else f"level {spent['level']}, "
+        failures = self._tally.streak_failures
+        advice = (
+            f"Inner solves failed in these updates ({failures} of them, primal or adjoint), which "
+            "a larger budget seldom mends: bl.solve(...).diagnosis says why. Take a smaller step "
+            "size of the inner solver, another solver, nearer parameters or a smaller learning "
+            "rate."
+            if failures
+            else "Start with a larger budget or nearer parameters, take a smaller learning rate, "
+            "or raise max_nonfinite."
+        )
         msg = (
             f"given up {self.place}: in {limit} updates in a row the loss, its gradient or the "
             f"next theta was not finite ({where}{spent['budget_iterations']} iterations allowed). "
-            "theta is as the last good update left it. Start with a larger budget or nearer "
-            "parameters, take a smaller learning rate, or raise max_nonfinite."
+            f"theta is as the last good update left it. {advice}"
         )
         raise NonFiniteStreak(msg)
 

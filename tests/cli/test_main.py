@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bilevel.cli import main
+from bilevel.cli import info, main
 from bilevel.outer.comparison import Comparison
 from bilevel.outer.run import Run
 
@@ -191,6 +191,32 @@ def test_info_tells_versions_devices_adapters_and_extras(invoke: Invoke):
     assert "bilevel_pde" in out
 
 
+def test_info_offers_nothing_that_cannot_be_had(invoke: Invoke, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        info,
+        "collect",
+        lambda: {
+            "versions": {},
+            "devices": ["cpu: cpu"],
+            "adapters": {"bilevel_pde": True, "bilevel_arrays": False},
+            "extras": {
+                "plot": {"missing": ["matplotlib"]},
+                "arrays": {"missing": ["array-api-compat"]},
+                "pde": {"missing": []},
+                "all": {"missing": ["array-api-compat", "matplotlib"]},
+            },
+        },
+    )
+    lines = invoke("info")[1].splitlines()
+    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in lines if line.split()}
+    assert rows["bilevel_pde"].startswith("yes")
+    assert rows["bilevel_arrays"].startswith("not part of this version")
+    assert rows["plot"] == "matplotlib pip install matplotlib"
+    assert rows["arrays"] == "array-api-compat not part of this version"
+    assert rows["pde"] == "nothing"
+    assert rows["all"] == rows["plot"]
+
+
 def test_a_task_s_own_report_is_shown(write: Write, invoke: Invoke):
     text = TASK.replace(
         'metric_name="error [m]",',
@@ -320,3 +346,13 @@ def test_files_beside_the_task_can_be_imported(write: Write, invoke: Invoke):
     assert code == 0, err
     assert json.loads(out)["first_metric"] == 1.0
     del sys.modules["beside_the_task"]
+
+
+def test_a_run_that_is_given_up_says_so_once(write: Write, invoke: Invoke):
+    text = TASK.replace("value = jnp.mean((theta - 2.0) ** 2)", "value = jnp.mean(theta * jnp.nan)")
+    words = ("run", write(text), "--discard", "--max-nonfinite", "2", "--epochs", "9")
+    assert invoke(*words)[2].count("2 updates in a row") == 1
+
+
+def test_the_default_policy_is_in_the_help(invoke: Invoke):
+    assert "task's own controller, else prdp" in " ".join(invoke("run", "--help")[1].split())

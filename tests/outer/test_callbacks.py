@@ -81,5 +81,18 @@ def test_bad_settings_are_refused(make: Callable[[], Any]):
 
 @pytest.mark.parametrize("wrong", [3, Callback])
 def test_what_is_no_callback_is_refused(train: Train, wrong: Any):
-    with pytest.raises(TypeError, match="callbacks should hold"):
-        train(callbacks=[wrong])
+    for given in (wrong, [wrong]):
+        with pytest.raises(TypeError, match="callbacks should be Callback objects or functions"):
+            train(callbacks=given)
+
+
+def test_a_class_for_a_callback_is_told_to_be_called(train: Train):
+    with pytest.raises(TypeError, match=r"Write Callback\(\.\.\.\)\."):
+        train(callbacks=Callback)
+
+
+def test_a_single_callback_needs_no_list(train: Train):
+    epochs: list[int] = []
+    train(epochs=2, callbacks=lambda event: epochs.append(event.epoch))
+    assert epochs == [1, 2]
+    assert train(callbacks=Target(4.0)).summary.epochs == 0

@@ -243,3 +243,16 @@ def test_a_ladder_of_tolerances_may_be_searched(make_task: MakeTask):
         make_task(ladder=ladder, epochs=3), ["full", "best-fixed=3"], progress=False
     )
     assert comparison.rows[1].status == "completed"
+
+
+def test_what_costs_more_is_said_in_words(make_task: MakeTask):
+    comparison = compare(make_task(epochs=8), ["full", "fixed=24"], progress=False)
+    # 26 iterations an epoch instead of 14, and the same epochs.
+    assert "86 % more" in printed(comparison)
+    assert "-86" not in printed(comparison)
+
+
+def test_the_spread_over_seeds_is_explained_where_there_is_one(make_task: MakeTask):
+    explained = "± the sample's standard deviation"
+    assert explained not in printed(compare(make_task(epochs=2), ["full"], progress=False))
+    assert explained in printed(compare(make_task(epochs=2), ["full"], seeds=2, progress=False))

@@ -543,6 +543,48 @@ def interrupting(at: int) -> Callable[[int, Any], Any]:
     return batches
 
 
+def test_a_policy_for_a_controller_is_sent_to_compare(train: Train):
+    message = r"got 'prdp'\. Policies by name are for bl\.compare.*bl\.ProgressiveRefinement"
+    with pytest.raises(TypeError, match=message):
+        train(controller="prdp")
+
+
+def diverging(theta: Any, batch: Any, fidelity: Any) -> Any:
+    """An inner gradient descent whose step is far too long."""
+    problem = bl.Minimization(lambda x, t: 50.0 * (x - t) ** 2)
+    solver = bl.GradientDescent(step_size=0.1)
+    return bl.solve(problem, theta, 0.0, solver=solver, fidelity=fidelity).value ** 2
+
+
+def test_a_run_given_up_for_failed_solves_says_so(train: Train, capsys: pytest.CaptureFixture[str]):
+    ladder = bl.Ladder.iterations(50, 50, 100)
+    with pytest.raises(NonFiniteError) as caught:
+        train(loss=diverging, ladder=ladder, max_nonfinite=3, epochs=9, progress=True)
+    message = str(caught.value)
+    assert message.startswith("given up in epoch 3: in 3 updates in a row")
+    failures = caught.value.run.summary.failures
+    assert failures
+    assert f"Inner solves failed in these updates ({failures} of them" in message
+    assert "larger budget seldom mends" in message
+    # The first epoch's note names them too.
+    assert "inner solves failed:" in capsys.readouterr().err
+
+
+def poisoned_after_failure(theta: Any, batch: Any, fidelity: Any) -> Any:
+    """Reports a failed solve for every batch, and is not finite for those below 1."""
+    failed = 0.0 if fidelity.probe is None else fidelity.probe.failures
+    return jnp.where(batch[0] >= 1, 1.0, jnp.nan) * theta + jnp.where(batch[0] == 1, failed, 0.0)
+
+
+def test_failures_before_the_last_good_update_are_not_told_of(train: Train):
+    batches = [np.zeros(1), np.ones(1), np.full(1, 2.0), *[np.zeros(1)] * 3]
+    with pytest.raises(NonFiniteError) as caught:
+        train(loss=poisoned_after_failure, batches=batches, max_nonfinite=3, epochs=1)
+    assert caught.value.run.summary.failures == 1
+    assert "Inner solves failed" not in str(caught.value)
+    assert "Start with a larger budget" in str(caught.value)
+
+
 def test_ctrl_c_keeps_what_was_done(train: Train, tmp_path: Path):
     run = train(loss=poisoned, batches=interrupting(3), directory=tmp_path, epochs=9)
     assert run.status == "interrupted"

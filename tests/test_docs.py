@@ -1,0 +1,113 @@
+"""The pages in docs/: their code runs as it stands and prints what they say."""
+
+import inspect
+import re
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import bilevel
+import bilevel.testing
+from bilevel.cli import main
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+BLOCK = re.compile(r"(?:<!-- file: (\S+) -->\n+)?```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d*)?(?:e[-+]?\d+)?")
+
+
+def blocks(page: str) -> list[tuple[str, str, str]]:
+    """File name (or nothing), language and text of each code block, in order."""
+    return BLOCK.findall((DOCS / page).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(autouse=True)
+def _no_module_stays() -> Iterator[None]:
+    yield
+    sys.modules.pop("penalties", None)
+
+
+def same(printed: str, promised: str) -> None:
+    """Equal words and spaces, numbers to a tenth: another machine rounds otherwise."""
+    words = [" ".join(NUMBER.sub("#", text).split()) for text in (printed, promised)]
+    assert words[0] == words[1]
+    found, expected = (
+        [float(number.replace(",", "")) for number in NUMBER.findall(text)]
+        for text in (printed, promised)
+    )
+    np.testing.assert_allclose(found, expected, rtol=0.1)
+
+
+@pytest.mark.parametrize("page", ["custom.md", "tasks.md"])
+def test_code_of_a_page_runs_and_prints_what_it_says(
+    page: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # a page's files are imported
+    names: dict[str, Any] = {"__name__": "page"}
+    ran = 0
+    printed = ""
+    with jax.enable_x64(False):
+        for file, language, text in blocks(page):
+            if file:
+                Path(file).write_text(text, encoding="utf-8")
+            elif language == "python":
+                exec(compile(text, page, "exec"), names)  # noqa: S102
+                printed, ran = capsys.readouterr().out, ran + 1
+            elif language == "text":
+                same(printed, text)
+    assert ran >= 2
+
+
+def test_the_task_file_of_the_page_is_run_by_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    files = {file: text for file, _, text in blocks("tasks.md") if file}
+    for file, text in files.items():
+        Path(file).write_text(text, encoding="utf-8")
+    commands = "\n".join(text for _, language, text in blocks("tasks.md") if language == "sh")
+    lines = [line.split("#")[0].split() for line in commands.splitlines() if line.strip()]
+    assert len(lines) >= 3
+    with jax.enable_x64(False):
+        for words in lines:
+            assert words[0] == "bilevel"
+            assert main([*words[1:], "--quiet"] if words[1] != "plot" else words[1:]) == 0
+    assert "whole runs" in capsys.readouterr().out
+    assert list(files) == ["penalties.py"]
+    assert "task" in runpy.run_path("penalties.py")
+
+
+def test_the_reference_names_what_the_kit_has():
+    text = (DOCS / "reference.md").read_text(encoding="utf-8")
+    section = text.partition("## Testing your own")[2].partition("\n## ")[0]
+    listed = re.findall(r"^\| `testing\.(\w+)` \|", section, re.MULTILINE)
+    assert sorted(listed) == sorted(bilevel.testing.__all__)
+
+
+def test_pages_are_reachable_from_the_first():
+    index = (DOCS / "index.md").read_text(encoding="utf-8")
+    toctree = index.partition("```{toctree}")[2].partition("```")[0].split()
+    for page in DOCS.glob("*.md"):
+        if page.stem != "index":
+            assert page.stem in toctree
+            assert f"({page.name})" in index
+
+
+@pytest.mark.parametrize("name", [name for name in bilevel.__all__ if name[0] != "_"])
+def test_documentation_of_public_names_links_only_public_names(name: str):
+    """What ``[`name`][]`` links, a reader has to find."""
+    known = {*bilevel.__all__, *bilevel.testing.__all__}
+    public = getattr(bilevel, name)
+    members = [getattr(public, member, None) for member in dir(public) if member[0] != "_"]
+    texts = [inspect.getdoc(thing) or "" for thing in (public, *members)]
+    linked = re.findall(r"\[`([^`]+)`\]\[\]", "\n".join(texts))
+    assert not [link for link in linked if link.partition(".")[0] not in known]
