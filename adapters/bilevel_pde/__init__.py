@@ -1,0 +1,9 @@
+"""Sparse PDE operators, solvers and preconditioners for them, and time steppers.
+
+`import bilevel_pde as pde`; the public names stand in `__init__.pyi`, one line each, and are
+imported when they are used.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,74 @@
+"""from_scipy: a sparse matrix of SciPy as an operator."""
+
+from typing import Any
+
+import jax
+
+from bilevel_pde import structure
+from bilevel_pde.assembled import AssembledMatrix
+from bilevel_pde.diagonals import Diagonals
+from bilevel_pde.padded_columns import PaddedColumns
+from bilevel_pde.segment_sum import SegmentSum
+from bilevel_pde.structure import Format
+
+KINDS = {
+    "diagonals": Diagonals,
+    "padded_columns": PaddedColumns,
+    "segment_sum": SegmentSum,
+}
+
+
+def from_scipy(
+    matrix: Any,
+    *,
+    format: Format | None = None,  # noqa: A002
+    positive_definite: bool | None = None,
+) -> AssembledMatrix:
+    """An operator with the entries of a SciPy sparse matrix, in the format that suits it.
+
+    Looks at the structure: few diagonals become shifted products, rows of similar lengths
+    padded columns with a tail for long rows, anything else a sum row by row.  The operator
+    says what it became and why (`operator.reason`, and its repr).
+
+    **Arguments:**
+
+    - `matrix`: any `scipy.sparse` array or matrix (COO, CSR, CSC, DIA, BSR, LIL, DOK) of
+        float32 or float64, square for solves and of any shape for products; copied.
+        Unsorted indices are sorted and duplicates summed, as `tocsr` does; explicit zeros
+        stay, and so does the structure. Without JAX's double precision
+        (`jax_enable_x64`) float64 becomes float32, as everywhere in JAX.
+    - `format`: "diagonals", "padded_columns" or "segment_sum"; `None` chooses.
+    - `positive_definite`: whether the matrix is symmetric positive definite, if that is
+        known. Symmetry is looked at.
+
+    **Returns:** an operator on vectors (n,) or (n, k), an [`AssembledMatrix`][].
+
+    **Raises:** `TypeError` for what is not sparse, and for integer, boolean or complex
+    entries; `ValueError` for indices out of range, entries that are not finite, and
+    `positive_definite=True` for a matrix that is not symmetric or has a diagonal entry
+    that is not positive.
+
+    >>> import jax.numpy as jnp, scipy.sparse as sp, bilevel as bl, bilevel_pde as pde
+    >>> matrix = sp.diags_array([-1.0, 2.0, -1.0], offsets=[-1, 0, 1], shape=(3, 3))
+    >>> operator = pde.from_scipy(matrix, positive_definite=True)
+    >>> problem = bl.LinearSystem(operator, jnp.ones(3))
+    >>> solution = bl.solve(problem, None, jnp.zeros(3), solver=bl.ConjugateGradient())
+    >>> [round(float(v), 3) for v in solution.value]
+    [1.5, 2.0, 1.5]
+    """
+    csr = structure.canonical(matrix)
+    symmetric = structure.is_symmetric(csr)
+    if positive_definite:
+        if not symmetric:
+            msg = "from_scipy: positive_definite=True, but the matrix is not symmetric."
+            raise ValueError(msg)
+        if (csr.diagonal() <= 0).any():
+            msg = (
+                "from_scipy: positive_definite=True, but the diagonal has entries that are not "
+                "positive."
+            )
+            raise ValueError(msg)
+    csr = csr.astype(jax.dtypes.canonicalize_dtype(csr.dtype))
+    chosen = structure.choose(csr, format)
+    known = {"is_symmetric": symmetric, "is_positive_definite": positive_definite}
+    return KINDS[chosen.format].of(csr, chosen, known)
