@@ -11,6 +11,7 @@ BENCHMARKS = {
     "unrolling": "Unrolled with a traced budget against a static lax.scan: time, memory, bits",
     "hypergradients": "implicit hypergradients against code by hand, SciPy and other libraries",
     "refinement": "progressive refinement against full and fixed budgets, in wall time",
+    "operators": "sparse operators against SciPy's CSR and jax.experimental.sparse",
     "published": "figures from the literature, reproduced",
 }
 

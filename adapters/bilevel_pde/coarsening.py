@@ -67,7 +67,7 @@ class Transfer:
             if size == 1:
                 continue
             fine, coarse = transfer.positions(transfer.fine), transfer.positions(transfer.coarse)
-            if along == axis:
+            if axis is not None and along == axis:
                 grids = (self.fine, self.coarse)
                 fine, coarse = (_face_positions(grid, axis) for grid in grids)
             field = _interpolated(field, along, fine, coarse)
