@@ -241,7 +241,8 @@ class LinearSystem(InnerProblem):
         self.rhs = rhs
         if symmetric is None and _is_concrete_matrix(operator):
             matrix: Any = operator
-            symmetric = bool((abs(matrix - matrix.conj().T) <= 1e-12 * abs(matrix).max()).all())
+            rounding = 100 * vector.epsilon(jnp.asarray(matrix) * 1.0)
+            symmetric = bool((abs(matrix - matrix.conj().T) <= rounding * abs(matrix).max()).all())
         self.symmetric = symmetric
         self.positive_definite = positive_definite
 

@@ -15,6 +15,10 @@ from bilevel.solver.conjugate_gradient import ConjugateGradient
 from bilevel.solver.gmres import GMRES
 from bilevel.solver.linear import solve_linear
 from bilevel.solver.minres import MINRES
+from bilevel.status import Status
+
+LEAST_REDUCTION = 1.0
+"""A rough solve that leaves more of its right-hand side than this tells nothing."""
 
 
 class ResidualCorrection(ErrorEstimator):
@@ -27,7 +31,9 @@ class ResidualCorrection(ErrorEstimator):
     itself is extrapolated from its own rate.  For an estimator without an adjoint, λ is
     solved for precisely and the implicit gradient compared with the one given.  All this is
     exact up to second order in the errors, so the estimate is as sharp as the rough solves
-    are, where a bound from constants is off by the condition number.
+    are, where a bound from constants is off by the condition number.  Where a rough solve
+    fails or leaves more than it started with, as on badly conditioned problems after few
+    iterations, the estimate is infinite: unknown, and not small.
 
     **Arguments:**
 
@@ -111,8 +117,13 @@ class _Rough:
         self.applications = self.applications + solution.applications
         # The rest shrinks at the same rate again and again: a geometric series.
         norm = vector.norm(rhs)
-        share = jnp.clip(vector.norm(left) / jnp.where(norm > 0, norm, 1.0), 0.0, 0.9)
-        return vector.scale(1.0 / (1.0 - share), solution.value)
+        share = vector.norm(left) / jnp.where(norm > 0, norm, 1.0)
+        # A solve that failed, or took next to nothing off, knows no error: far from small.
+        unknown = (solution.status >= Status.DIVERGED) | ~(share <= LEAST_REDUCTION)
+        factor = jnp.where(unknown, jnp.inf, 1.0 / (1.0 - jnp.clip(share, 0.0, 0.9)))
+        return jax.tree.map(
+            lambda leaf: jnp.where(unknown, jnp.inf, leaf), vector.scale(factor, solution.value)
+        )
 
 
 def krylov_solver(operator: LinearOperator) -> InnerSolver:

@@ -61,7 +61,9 @@ class Unrolled(Estimator):
     - `mode`: "reverse", or "forward", which needs no memory at all and pays where θ has
         few entries; forward mode cannot be used under `jax.grad`.
 
-    Its error estimate refers to the exact hypergradient, like that of every estimator.
+    One step is made however good the start is, for none would have a derivative of zero; the
+    fewer there are, the farther the derivative is from that of the solution, which the error
+    estimate tells.  It refers to the exact hypergradient, like that of every estimator.
 
     >>> import jax, bilevel as bl
     >>> problem = bl.Minimization(lambda x, theta: 0.5 * (x - theta) ** 2)
@@ -132,13 +134,18 @@ class Unrolled(Estimator):
         bound = solver.prepare(bound, setting.x0)
         iteration, state, residual = begin(bound, solver, setting.x0, budget)
         if self.mode == "forward":
-            final, solution, _ = drive(iteration, state, residual, budget, history=history)
+            final, solution, _ = drive(
+                iteration, state, residual, budget, history=history, differentiated=True
+            )
         else:
             closed = close_iteration(iteration, state, residual)
             differentiable = _reverse(self, history)
             final, solution = differentiable(closed, state, residual, budget, record)
         solution, value = stopped(solution), solver.value(final)
         trust = jnp.where(solution.status >= Status.DIVERGED, jnp.nan, 1.0)
+        if solver.divides_by_residual:
+            # There its steps are 0 / 0: a zero derivative would be made up.
+            trust = jnp.where(vector.norm(stopped(residual)) > 0, trust, jnp.nan)
         if self.forward_only:
             value = forward_only(value, _NO_REVERSE)
         value = with_derivative_of(solution.value, value, trust)
@@ -161,7 +168,13 @@ def _reverse(options: Unrolled, history: int) -> Any:
             del record
             iteration = eqx.combine(arrays, static)
             final, solution, _ = drive(
-                iteration, state, residual, budget, history=history, limit=plan.cap
+                iteration,
+                state,
+                residual,
+                budget,
+                history=history,
+                limit=plan.cap,
+                differentiated=True,
             )
             return final, solution
 
@@ -185,6 +198,7 @@ def _reverse(options: Unrolled, history: int) -> Any:
                 budget,
                 history=history,
                 limit=plan.cap,
+                differentiated=True,
                 recorder=recorder,
             )
             kept = (values, state, store, solution, record, _Static(perturbed))

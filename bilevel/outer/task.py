@@ -15,7 +15,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from bilevel.budget import Budget
 from bilevel.outer.policy import parse_policy
 from bilevel.outer.settings import TaskSettings, validated
-from bilevel.refinement.fidelity import Fidelity
+from bilevel.refinement.fidelity import Fidelity, as_fidelity
 from bilevel.refinement.ladder import Ladder
 from bilevel.refinement.progressive import ProgressiveRefinement
 from bilevel.signature import brief, check_callable
@@ -162,7 +162,7 @@ class Task:
     def full_fidelity(self) -> Fidelity | None:
         """The fidelity of the full solve; `None` where neither `full` nor `ladder` tells."""
         if isinstance(self.full, Budget):
-            return Fidelity(self.full, self.full)
+            return as_fidelity("Task", "full", self.full)
         if self.full is None and self.ladder is not None:
             return self.ladder.finest
         return self.full

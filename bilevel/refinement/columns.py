@@ -41,6 +41,19 @@ class Columns:
         fields = entry(self.iterations, jnp.int32), entry(self.rtol, real), entry(self.atol, real)
         return jax.tree.unflatten(jax.tree.structure(Budget(1)), fields)
 
+    def adjoint_share(self) -> "Columns | None":
+        """What of these an adjoint may have; see [`bilevel.refinement.fidelity.adjoint_share`][].
+
+        `None` where absolute tolerances are all there is.
+        """
+        none = Table((0.0,))
+        if self.atol == none:
+            return self
+        unlimited = self.iterations.value(0) >= UNLIMITED
+        return (
+            None if unlimited and self.rtol == none else Columns(self.iterations, self.rtol, none)
+        )
+
     def check(self, owner: str) -> None:
         """Refuse a level that nothing would stop."""
         columns = (self.iterations, self.rtol, self.atol)

@@ -8,7 +8,7 @@ import jax
 from jax.core import Tracer
 from jaxtyping import Array, Int
 
-from bilevel.budget import Budget
+from bilevel.budget import UNLIMITED, Budget
 from bilevel.description import described
 from bilevel.probe import Probe
 
@@ -89,7 +89,10 @@ class Fidelity(eqx.Module):
 
 
 def as_fidelity(owner: str, name: str, value: object) -> Fidelity:
-    """A fidelity as it is, a bare budget for both solves.
+    """A fidelity as it is, a bare budget for both solves but for its absolute tolerance.
+
+    That is in the units of the primal's residual, and the adjoint's right-hand side has
+    others: without a cap or a relative tolerance besides, the adjoint has its own default.
 
     **Raises:** `TypeError` for another type, naming the owner and its argument.
 
@@ -97,7 +100,7 @@ def as_fidelity(owner: str, name: str, value: object) -> Fidelity:
     5
     """
     if isinstance(value, Budget):
-        return Fidelity(value, value)
+        return Fidelity(value, adjoint_share(value))
     if isinstance(value, Fidelity):
         return value
     msg = (
@@ -105,6 +108,20 @@ def as_fidelity(owner: str, name: str, value: object) -> Fidelity:
         f"{type(value).__name__}. Use for example Budget(iterations=100)."
     )
     raise TypeError(msg)
+
+
+def adjoint_share(budget: Budget) -> Budget | None:
+    """What of a primal budget an adjoint may have: all but the absolute tolerance.
+
+    >>> adjoint_share(Budget(iterations=5, atol=1e-3)), adjoint_share(Budget(atol=1e-3))
+    (Budget(iterations=5, rtol=0.0, atol=0.0), None)
+    """
+    if isinstance(budget.atol, float) and budget.atol == 0.0:
+        return budget
+    unlimited = isinstance(budget.iterations, int) and budget.iterations >= UNLIMITED
+    if unlimited and isinstance(budget.rtol, float) and budget.rtol == 0.0:
+        return None
+    return Budget(budget.iterations, budget.rtol)
 
 
 def is_traced(fidelity: Fidelity) -> bool:

@@ -137,7 +137,7 @@ class Ladder(eqx.Module):
         _bounded("Ladder.tolerances", steps + 1)
         values = (*(start * factor**level for level in range(steps)), stop)
         columns = Columns.of_tolerances(Table(values), iterations, absolute=absolute)
-        return cls(columns, columns)
+        return cls(columns, columns.adjoint_share())
 
     @classmethod
     @checked
@@ -174,7 +174,7 @@ class Ladder(eqx.Module):
         """
         columns = Columns.of_tolerances(Formula(schedule, levels), iterations, absolute=absolute)
         columns.check("Ladder.from_schedule")
-        return cls(columns, columns)
+        return cls(columns, columns.adjoint_share())
 
     @classmethod
     def of(cls, fidelities: Iterable[Fidelity | Budget]) -> "Ladder":

@@ -61,6 +61,8 @@ class InnerSolver(eqx.Module):
         by a true one before anything is called converged.
     - `stationary`: each step applies the same map, so that a residual that does not
         shrink over many steps means divergence.
+    - `divides_by_residual`: a step divides by the size of the residual, so that it has no
+        derivative where that is exactly zero.
     - `linear_adjoint`: it can solve the linear systems of an adjoint.
     """
 
@@ -68,6 +70,7 @@ class InnerSolver(eqx.Module):
     instead: ClassVar[str] = "GMRES (for a linear system) or Newton"
     recursive: ClassVar[bool] = False
     stationary: ClassVar[bool] = False
+    divides_by_residual: ClassVar[bool] = False
     linear_adjoint: ClassVar[bool] = False
 
     @abc.abstractmethod

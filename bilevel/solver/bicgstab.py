@@ -63,6 +63,7 @@ class BiCGStab(InnerSolver):
     instead: ClassVar[str] = "Newton(linear=BiCGStab())"
     recursive: ClassVar[bool] = True
     linear_adjoint: ClassVar[bool] = True
+    divides_by_residual: ClassVar[bool] = True
 
     preconditioner: Preconditioner | None = None
 

@@ -56,6 +56,7 @@ class ConjugateGradient(InnerSolver):
     instead: ClassVar[str] = "GMRES or BiCGStab"
     recursive: ClassVar[bool] = True
     linear_adjoint: ClassVar[bool] = True
+    divides_by_residual: ClassVar[bool] = True
 
     preconditioner: Preconditioner | None = None
 

@@ -59,6 +59,7 @@ class GMRES(InnerSolver):
     requires: ClassVar[frozenset[str]] = frozenset({"operator"})
     instead: ClassVar[str] = "Newton(linear=GMRES())"
     linear_adjoint: ClassVar[bool] = True
+    divides_by_residual: ClassVar[bool] = True
 
     restart: int = eqx.field(static=True, default=30)
     preconditioner: Preconditioner | None = None

@@ -100,8 +100,9 @@ def begin(
     state = solver.init(problem, x0)
     _check_value(solver, state, x0)
     residual = solver.residual(problem, state)
-    norm = vector.norm(residual)
-    scale = problem.reference(norm)
+    # Without a derivative, which a norm has none of at zero: they say when to stop.
+    norm = jax.lax.stop_gradient(vector.norm(residual))
+    scale = jax.lax.stop_gradient(problem.reference(norm))
     if budget is not None:
         target = stopping_norm(budget, scale, vector.epsilon(residual))
         problem = dataclasses.replace(problem, target=jax.lax.stop_gradient(target))
@@ -112,7 +113,7 @@ def begin(
         true_residual=lambda state: problem.residual(solver.value(state)),
         restart=lambda state: solver.init(problem, solver.value(state)),
         scale=scale,
-        noise=_noise(problem, norm, scale, x0),
+        noise=jax.lax.stop_gradient(_noise(problem, norm, scale, x0)),
         flaw=symmetry_flaw(problem, x0) if needs_look(problem, solver.requires) else None,
     )
     return iteration, state, residual

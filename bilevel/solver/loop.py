@@ -114,6 +114,7 @@ def drive(
     minimum: int = 0,
     history: int = 0,
     limit: int | None = None,
+    differentiated: bool = False,
     restarts: bool = False,
     recorder: Recorder | None = None,
 ) -> tuple[PyTree, Solution, PyTree]:
@@ -122,6 +123,8 @@ def drive(
     **Arguments:**
 
     - `limit`: static cap besides the budget's traced one (room for checkpoints).
+    - `differentiated`: whether the steps themselves are, so that one is made however good
+        the start: none would have a derivative of zero, which the solution has not.
     - `restarts`: restart a recursive residual from the true one, where they drifted apart.
     - `recorder`: what to keep for a backward pass.
 
@@ -141,7 +144,7 @@ def drive(
     recording = recorder is not None and recorder.advance is not None
     carried = None if solver.recursive and not recording else residual
     store = None if recorder is None else recorder.store
-    sweep = _sweep(iteration, limits, recorder)
+    sweep = _sweep(iteration, limits, recorder, differentiated=differentiated)
     if solver.recursive and restarts and recorder is None:
         state, progress, true_norm, applications, failure = _confirmed(
             iteration, sweep, state, progress, limits
@@ -168,7 +171,9 @@ def drive(
     return state, solution, store
 
 
-def _sweep(iteration: Iteration, limits: Limits, recorder: Recorder | None) -> Callable[..., Any]:
+def _sweep(
+    iteration: Iteration, limits: Limits, recorder: Recorder | None, *, differentiated: bool
+) -> Callable[..., Any]:
     """The loop itself: (state, carried residual, progress, store) -> the same at its end."""
 
     def plain_step(store: Any, count: Array, state: Any, residual: Any) -> tuple[Any, Any, Any]:
@@ -182,6 +187,8 @@ def _sweep(iteration: Iteration, limits: Limits, recorder: Recorder | None) -> C
         unfinished = (progress.norm > limits.tolerance) | (
             (progress.count < limits.minimum) & (progress.norm > 0)
         )
+        if differentiated:
+            unfinished = unfinished | (progress.count == 0)
         return (
             unfinished
             & (progress.count < limits.iterations)
@@ -344,5 +351,5 @@ def _status(
     failure = jnp.where(drowned, code(Status.ROUNDING), failure)
     result = jnp.where(failure != Status.CONVERGED, failure, result)
     result = jnp.where(true_norm <= limits.tolerance, code(Status.CONVERGED), result)
-    finite = jnp.isfinite(true_norm) & jnp.isfinite(progress.norm)
+    finite = jnp.isfinite(true_norm) & jnp.isfinite(progress.norm) & ~jnp.isnan(limits.tolerance)
     return jnp.where(finite, result, code(Status.NONFINITE))

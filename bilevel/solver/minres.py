@@ -73,6 +73,7 @@ class MINRES(InnerSolver):
     instead: ClassVar[str] = "GMRES or BiCGStab"
     recursive: ClassVar[bool] = True
     linear_adjoint: ClassVar[bool] = True
+    divides_by_residual: ClassVar[bool] = True
 
     preconditioner: Preconditioner | None = None
 

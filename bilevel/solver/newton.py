@@ -13,6 +13,7 @@ from bilevel.budget import Budget
 from bilevel.operator import LinearOperator
 from bilevel.solver.base import IncompatibleError, InnerSolver
 from bilevel.solver.default_linear import default_linear_solver
+from bilevel.solver.line_search import first_length
 from bilevel.solver.linear import solve_linear
 from bilevel.solver.parameter import whole
 
@@ -76,6 +77,8 @@ class Newton(InnerSolver):
             budget = Budget(iterations=cap, rtol=1e-4)
         operator = problem.linearize(state.x)
         correction = linear_correction(operator, residual, linear, budget)
+        if problem.objective is not None:
+            correction = _downhill(problem, state.x, residual, correction)
         length, tried = self._length(problem, state.x, residual, correction)
         x = vector.add_scaled(state.x, length, correction)
         return NewtonState(x, problem.residual(x), state.evaluations + 1 + tried)
@@ -98,13 +101,16 @@ class Newton(InnerSolver):
             return jnp.ones_like(norm), jnp.int32(0)
         x, residual, correction = jax.lax.stop_gradient((x, residual, correction))
         slope = vector.dot(residual, correction)
+        # A correction this small is Newton's last: a residual that shrinks no more is rounding.
+        last = vector.norm(correction) <= vector.epsilon(x) ** 0.5 * vector.norm(x)
         objective = problem.objective
         value = None if objective is None else jax.lax.stop_gradient(objective(x))
 
         def enough(length: Array) -> Array:
             trial = vector.add_scaled(x, length, correction)
             if objective is None or value is None:
-                return vector.norm(problem.residual(trial)) <= (1 - SUFFICIENT * length) * norm
+                after = vector.norm(problem.residual(trial))
+                return (after <= (1 - SUFFICIENT * length) * norm) | (last & jnp.isfinite(after))
             # Near the solution the decrease drowns in rounding: then any step will do.
             slack = 10 * jnp.finfo(value.dtype).eps * jnp.abs(value)
             return objective(trial) <= value - SUFFICIENT * length * slope + slack
@@ -119,6 +125,20 @@ class Newton(InnerSolver):
 
         length, tried = jax.lax.while_loop(goes_on, halve, (jnp.ones_like(norm), jnp.int32(0)))
         return jax.lax.stop_gradient(length), tried + 1
+
+
+def _downhill(problem: BoundProblem, x: PyTree, residual: PyTree, correction: PyTree) -> PyTree:
+    """The correction, or a gradient step where it does not lead down: N is indefinite there."""
+    slope = vector.dot(residual, jax.lax.stop_gradient(correction))
+    # False for NaN, which a failed factorisation gives.
+    leads_down = (slope > 0) & jnp.isfinite(slope)
+    start = jax.lax.stop_gradient(residual)
+    usable = leads_down | ~(vector.norm(start) > 0)
+
+    def gradient_step() -> PyTree:
+        return vector.scale(first_length(problem, x, start), residual)
+
+    return jax.lax.cond(usable, lambda: correction, gradient_step)
 
 
 def linear_correction(
