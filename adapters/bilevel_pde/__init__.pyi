@@ -1,6 +1,8 @@
 # The public names of bilevel_pde, one line each; `__init__.py` imports them when they are used.
 
+from .advection_diffusion import AdvectionDiffusion as AdvectionDiffusion
 from .advection_operator import advection as advection
+from .algebraic_multigrid import AlgebraicMultigrid as AlgebraicMultigrid
 from .assembled import AssembledMatrix as AssembledMatrix
 from .block import Block as Block
 from .block import block_diagonal as block_diagonal
@@ -9,10 +11,17 @@ from .boundary import Dirichlet as Dirichlet
 from .boundary import Neumann as Neumann
 from .boundary import Periodic as Periodic
 from .boundary import Robin as Robin
+from .burgers import Burgers as Burgers
 from .diagonals import Diagonals as Diagonals
 from .diffusion import Diffusion as Diffusion
+from .fast_solver import FastSolver as FastSolver
 from .grid import Grid as Grid
+from .heat import Heat as Heat
 from .helmholtz_operator import helmholtz as helmholtz
+from .initial_states import boxes as boxes
+from .initial_states import gaussian_random_field as gaussian_random_field
+from .initial_states import sine_waves as sine_waves
+from .initial_states import truncated_fourier as truncated_fourier
 from .laplace_operator import identity as identity
 from .laplace_operator import laplacian as laplacian
 from .multigrid import Multigrid as Multigrid
@@ -22,6 +31,8 @@ from .operator import symmetry_defect as symmetry_defect
 from .operator import transpose_defect as transpose_defect
 from .padded_columns import PaddedColumns as PaddedColumns
 from .product import Product as Product
+from .quasilinear import Picard as Picard
+from .quasilinear import Quasilinear as Quasilinear
 from .scaled import Scaled as Scaled
 from .scipy_matrix import from_scipy as from_scipy
 from .segment_sum import SegmentSum as SegmentSum
@@ -35,4 +46,7 @@ from .staggered import Gradient as Gradient
 from .staggered import Staggered as Staggered
 from .staggered import velocity_laplacian as velocity_laplacian
 from .stencil import Stencil as Stencil
+from .stepper import Stepper as Stepper
 from .sum import Sum as Sum
+from .trajectory import rollout as rollout
+from .trajectory import rollout_with_solutions as rollout_with_solutions

@@ -193,7 +193,8 @@ class Diffusion(Operator):
                 coupling = k if scale is None else k * scale
                 terms[centre] = (*terms[centre], coupling)
                 terms[tuple(step * int(d == axis) for d in range(grid.ndim))] = (-coupling,)
-        return Stencil.folded(grid, terms, self._sources(), self.definiteness)
+        form = "weighted" if self.row_weights else "plain"
+        return Stencil.folded(grid, terms, self._sources(), self.definiteness, form)
 
     def weighted(self) -> "Diffusion":
         """W A, symmetric, with the control volumes W of `grid.weights()`."""
@@ -207,6 +208,17 @@ class Diffusion(Operator):
             known = Definiteness(True, _sign_by_sides(self.grid), known.singular)
             known = known if not reaction and self._is_positive() else known._replace(sign=None)
         return self._with(self.faces, reaction, known, row_weights=True)
+
+    def unweighted(self) -> "Diffusion":
+        """A of W A, as `weighted()` made it."""
+        if not self.row_weights:
+            return self
+        reaction = self.reaction
+        for weight in self.grid.weights():
+            reaction = tuple(piece / weight for piece in reaction)
+        uniform = all(bool(np.all(weight == 1)) for weight in self.grid.weights())
+        known = self.definiteness if uniform else Definiteness(False, None, self.singular)
+        return self._with(self.faces, reaction, known, row_weights=False)
 
     def _is_positive(self) -> bool:
         """Whether no face is known to be negative; a traced one is taken to be positive."""

@@ -11,10 +11,13 @@ from jaxtyping import Array, Float
 from bilevel.bound import BoundProblem
 from bilevel.solver.base import IncompatibleError
 from bilevel_pde.coarsening import Transfer, coarse_grid, coarsen
+from bilevel_pde.diffusion import Diffusion
 from bilevel_pde.grid import Grid
 from bilevel_pde.operator import Operator
 from bilevel_pde.smoother import ChebyshevSmoother, Smoother, grid_of
 from bilevel_pde.source import grid_operator
+from bilevel_pde.stencil import Stencil
+from bilevel_pde.weighting import as_discretised, volume_shares, without_mean
 
 Cycle = Literal["V", "W", "F"]
 
@@ -74,7 +77,10 @@ class Multigrid(eqx.Module):
         coarsest grid is too large.
         """
         del x
-        operator = grid_operator(problem, "Multigrid")
+        return as_discretised(grid_operator(problem, "Multigrid"), self._inverse)
+
+    def _inverse(self, operator: Stencil | Diffusion) -> Callable[[Array], Array]:
+        """The cycle of an operator as it was discretised."""
         hierarchy = self.hierarchy(operator)
         coarsest = _inverse(hierarchy[-1][0], singular=operator.singular)
 
@@ -82,8 +88,9 @@ class Multigrid(eqx.Module):
             if not operator.singular:
                 return self._cycle(hierarchy, coarsest, 0, v, self.cycle)
             # Rounding would leave more and more of the kernel in what is without it.
-            v = self._cycle(hierarchy, coarsest, 0, v - jnp.mean(v), self.cycle)
-            return v - jnp.mean(v)
+            v = without_mean(operator.grid, v)
+            v = self._cycle(hierarchy, coarsest, 0, v, self.cycle)
+            return without_mean(operator.grid, v)
 
         return cycle
 
@@ -143,7 +150,9 @@ def _inverse(operator: Operator, *, singular: bool) -> Float[Array, "n n"]:
     identity = jnp.eye(grid.size, dtype=grid.dtype)
     matrix = jax.vmap(operator.matvec)(identity.reshape(grid.size, *grid.shape))
     matrix = matrix.reshape(grid.size, grid.size).T
-    # Constants become an eigenvector of an eigenvalue like the others.
-    constant = jnp.full((grid.size, grid.size), 1.0 / grid.size, grid.dtype) if singular else 0.0
-    inverse = jnp.linalg.inv(matrix + jnp.trace(matrix) / grid.size * constant)
+    if singular:
+        # Constants become an eigenvector of an eigenvalue like the others.
+        mean = jnp.asarray(volume_shares(grid).reshape(1, -1), grid.dtype)
+        matrix = matrix + jnp.trace(matrix) / grid.size * mean
+    inverse = jnp.linalg.inv(matrix)
     return 0.5 * (inverse + inverse.T) if operator.symmetric else inverse

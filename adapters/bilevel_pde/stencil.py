@@ -1,7 +1,7 @@
 """Stencil: an operator that couples each point to neighbours at fixed offsets."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -18,6 +18,8 @@ from bilevel_pde.operator import Operator
 from bilevel_pde.shift import shift, shift_piece
 
 Pieces = tuple[Any, ...]
+RowForm = Literal["plain", "weighted", "transposed"]
+"""Whether rows are as discretised, multiplied with control volumes, or those of a transpose."""
 
 
 class Stencil(Operator):
@@ -54,6 +56,7 @@ class Stencil(Operator):
     sides: tuple[tuple[int, int], ...] | None = eqx.field(static=True)
     sources: tuple[Pieces, ...]
     definiteness: Definiteness = eqx.field(static=True)
+    form: RowForm = eqx.field(static=True)
 
     def __init__(
         self,
@@ -64,6 +67,7 @@ class Stencil(Operator):
         positive_definite: bool | None = None,
     ):
         folded = folding.fold(grid, coefficients)
+        self.form = "plain"
         self.grid = grid
         self.offsets = tuple(folded.coefficients)
         self.coefficients = tuple(folded.coefficients.values())
@@ -90,6 +94,7 @@ class Stencil(Operator):
         coefficients: Coefficients,
         sources: Mapping[tuple[int, int], Pieces] | None,
         definiteness: Definiteness,
+        form: RowForm = "plain",
     ) -> "Stencil":
         """A stencil whose boundary conditions are in its coefficients already.
 
@@ -106,6 +111,7 @@ class Stencil(Operator):
             "sides": None if sources is None else tuple(sources),
             "sources": () if sources is None else tuple(sources.values()),
             "definiteness": definiteness,
+            "form": form,
         }
         for name, value in values.items():
             object.__setattr__(made, name, value)
@@ -179,7 +185,10 @@ class Stencil(Operator):
         for offset, parts in self.terms.items():
             back = tuple(-o for o in offset)
             terms[back] = tuple(shift_piece(piece, back, self._periodic) for piece in parts)
-        return Stencil.folded(self.grid, terms, None, self.definiteness)
+        # (W A)ᵀ = W (W⁻¹ Aᵀ W), which is a weighted one again.
+        flipped: dict[RowForm, RowForm] = {"plain": "transposed", "transposed": "plain"}
+        form = flipped.get(self.form, self.form)
+        return Stencil.folded(self.grid, terms, None, self.definiteness, form)
 
     def diagonal(self) -> Float[Array, "..."]:
         """The diagonal, of the grid's shape."""
@@ -264,7 +273,8 @@ class Stencil(Operator):
                 factor = at if across == axis else weight
                 sources[across, side] = tuple(piece * factor for piece in pieces)
         known = examine(self.grid, parts) or Definiteness(None, None, self.singular)
-        return Stencil.folded(self.grid, parts, None if self.sides is None else sources, known)
+        kept = None if self.sides is None else sources
+        return Stencil.folded(self.grid, parts, kept, known, "weighted")
 
     def declared(
         self, *, symmetric: bool | None = None, positive_definite: bool | None = None
@@ -276,7 +286,7 @@ class Stencil(Operator):
         if positive_definite:
             known = Definiteness(symmetric=True, sign="positive")
         made = object.__new__(Stencil)
-        for name in ("grid", "offsets", "coefficients", "sides", "sources"):
+        for name in ("grid", "offsets", "coefficients", "sides", "sources", "form"):
             object.__setattr__(made, name, getattr(self, name))
         object.__setattr__(made, "definiteness", known)
         return made
@@ -297,7 +307,10 @@ class Stencil(Operator):
             sources = dict(zip(self.sides, self.sources, strict=True))
             for side, parts in zip(other.sides, other.sources, strict=True):
                 sources[side] = folding.join(sources.get(side, ()) + parts)
-        return Stencil.folded(self.grid, terms, sources, self.definiteness.plus(other.definiteness))
+        # A diagonal is its own transpose.
+        form = other.form if len(self.offsets) == 1 and self.form == "plain" else self.form
+        known = self.definiteness.plus(other.definiteness)
+        return Stencil.folded(self.grid, terms, sources, known, form)
 
     def __mul__(self, factor: Array | float) -> Operator:
         """C A for a number c, a stencil."""
@@ -313,7 +326,8 @@ class Stencil(Operator):
         if self.sides is not None:
             pairs = zip(self.sides, self.sources, strict=True)
             sources = {side: times(parts) for side, parts in pairs}
-        return Stencil.folded(self.grid, terms, sources, self.definiteness.scaled(number))
+        known = self.definiteness.scaled(number)
+        return Stencil.folded(self.grid, terms, sources, known, self.form)
 
     @property
     def _periodic(self) -> tuple[bool, ...]:

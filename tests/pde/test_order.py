@@ -7,6 +7,8 @@ import pytest
 import bilevel_pde as pde
 from tests.pde.manufactured import D, N, P, R, around, at, error, slope, smooth
 
+pytestmark = pytest.mark.slow
+
 LINES = [(D, D), (N, D), (D, N), (R, R), (D, R), (N, R), P]
 
 

@@ -20,7 +20,7 @@ def operators():
         k = jnp.asarray(RANDOM.uniform(0.5, 2.0, grid.shape))
         yield pde.Diffusion(grid, k)
         yield 3.0 * pde.identity(grid) - pde.laplacian(grid)
-    corners = {o: -1.0 for o in itertools.product((-1, 0, 1), repeat=2)} | {(0, 0): 9.0}
+    corners = dict.fromkeys(itertools.product((-1, 0, 1), repeat=2), -1.0) | {(0, 0): 9.0}
     yield pde.Stencil(pde.Grid((6, 5)), corners)
 
 
@@ -48,9 +48,7 @@ def bound(operator):
     problem = bl.LinearSystem(operator, jnp.ones(operator.grid.shape))
     solver = bl.Richardson(0.1, preconditioner=Keep())
     with jax.disable_jit():
-        bl.solve(
-            problem, None, jnp.zeros(operator.grid.shape), solver=solver, budget=bl.Budget(1)
-        )
+        bl.solve(problem, None, jnp.zeros(operator.grid.shape), solver=solver, budget=bl.Budget(1))
     return seen[0]
 
 
@@ -157,13 +155,16 @@ def test_as_solvers(smoother):
         solver=bl.Richardson(1.0, preconditioner=smoother),
         budget=bl.Budget(500, rtol=1e-10),
     )
-    assert solution.converged
+    assert solution.status == bl.Status.CONVERGED
     exact = np.linalg.solve(operator.to_scipy().toarray(), np.ravel(b))
-    np.testing.assert_allclose(np.ravel(solution.value), exact, rtol=1e-7)
+    np.testing.assert_allclose(
+        np.ravel(solution.value), exact, rtol=1e-7, atol=1e-8 * np.abs(exact).max()
+    )
     # Each iteration of SOR with a good weight is worth several of Jacobi.
     limit = {pde.WeightedJacobi: 200, pde.GaussSeidel: 160, pde.ChebyshevSmoother: 90}
-    assert int(solution.iterations) < (40 if getattr(smoother, "weight", 0) == 1.5 else
-                                       limit[type(smoother)])
+    assert int(solution.iterations) < (
+        40 if getattr(smoother, "weight", 0) == 1.5 else limit[type(smoother)]
+    )
 
 
 @pytest.mark.parametrize(
@@ -193,9 +194,7 @@ def test_refuses_an_operator_without_a_grid():
 
 def test_odd_periodic_axis_and_two_colours():
     """Neighbours across the seam share a colour: still a convergent iteration, and symmetric."""
-    operator = pde.identity(pde.Grid(5, boundary=P)) - 0.1 * pde.laplacian(
-        pde.Grid(5, boundary=P)
-    )
+    operator = pde.identity(pde.Grid(5, boundary=P)) - 0.1 * pde.laplacian(pde.Grid(5, boundary=P))
     inverse = applied(pde.GaussSeidel(symmetric=True), operator)
     np.testing.assert_allclose(inverse, inverse.T, atol=1e-13)
     error = np.eye(5) - inverse @ operator.to_scipy().toarray()

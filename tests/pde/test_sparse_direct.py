@@ -11,6 +11,8 @@ import bilevel_pde as pde
 from bilevel_pde.factors import Factorization, Factors
 from bilevel_pde.sparse_direct import FACTORS
 
+pytestmark = pytest.mark.slow
+
 SIZE = 30
 RANDOM = np.random.default_rng(0)
 MATRIX = sp.csr_array(

@@ -1,0 +1,243 @@
+"""Multigrid: symmetric cycles, iterations that do not grow, hypergradients, refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.sparse.linalg as spla
+
+import bilevel as bl
+import bilevel_pde as pde
+from bilevel_pde.weighting import as_discretised
+from tests.pde.manufactured import D, N, P, R
+
+RANDOM = np.random.default_rng(0)
+MULTIGRID = pde.Multigrid()
+CG = bl.ConjugateGradient(preconditioner=MULTIGRID)
+MIXED = [(D, N), P]
+
+
+def cycle(operator, multigrid=MULTIGRID):
+    """M⁻¹ as a dense matrix."""
+    inverse = as_discretised(operator, multigrid._inverse)
+    size, shape = operator.grid.size, operator.grid.shape
+    columns = jax.jit(jax.vmap(inverse))(jnp.eye(size).reshape(-1, *shape))
+    return np.asarray(columns).reshape(size, -1).T
+
+
+def solved(operator, b, solver=CG, rtol=1e-8):
+    problem, budget = bl.LinearSystem(operator, b), bl.Budget(60, rtol=rtol)
+    solution = bl.solve(problem, None, jnp.zeros_like(b), solver=solver, budget=budget)
+    assert solution.status == bl.Status.CONVERGED
+    residual = np.ravel(b) - operator.to_scipy() @ np.ravel(solution.value)
+    assert np.linalg.norm(residual) < 1.5 * rtol * np.linalg.norm(b)
+    return solution
+
+
+def volumes(grid):
+    return np.prod(np.broadcast_arrays(*grid.weights()), axis=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "smoother"),
+    [
+        ("V", pde.ChebyshevSmoother()),
+        ("W", pde.WeightedJacobi()),
+        ("F", pde.WeightedJacobi()),
+        ("V", pde.GaussSeidel()),
+    ],
+)
+def test_cycles_are_symmetric_and_contract(kind, smoother):
+    grid = pde.Grid((18, 9), 1.0, [(D, N), D], "cell")
+    k = jnp.asarray(RANDOM.uniform(0.5, 2.0, grid.shape))
+    operator = pde.Diffusion(grid, k)
+    inverse = cycle(operator, pde.Multigrid(smoother, cycle=kind))
+    np.testing.assert_allclose(inverse, inverse.T, atol=1e-13 * np.abs(inverse).max())
+    error = np.linalg.eigvals(inverse @ operator.to_scipy().toarray()).real
+    assert 0.4 < error.min() < error.max() < 1.4
+
+
+@pytest.mark.parametrize("make", [lambda g: -pde.laplacian(g), lambda g: pde.Diffusion(g, 1.0)])
+def test_weighted_and_transposed_forms_have_the_plain_cycle(make):
+    """Vertices on Neumann and Robin sides: rows of half a control volume."""
+    grid = pde.Grid((16, 9), 1.0, [(D, N), R])
+    operator, weights = make(grid), volumes(grid).ravel()
+    plain = cycle(operator)
+    scale = np.abs(plain).max()
+    # Self-adjoint in the inner product of control volumes.
+    symmetric = plain / weights
+    np.testing.assert_allclose(symmetric, symmetric.T, atol=1e-12 * scale)
+    np.testing.assert_allclose(cycle(operator.weighted()), symmetric, atol=1e-12 * scale)
+    np.testing.assert_allclose(cycle(operator.transposed()), plain.T, atol=1e-12 * scale)
+    np.testing.assert_allclose(cycle(2.0 * operator.weighted()), symmetric / 2, atol=1e-12 * scale)
+
+
+@pytest.mark.parametrize(
+    ("boundary", "centering"),
+    [(D, "vertex"), (N, "cell"), (P, "vertex"), (MIXED, "cell")],
+)
+def test_iterations_do_not_grow(boundary, centering):
+    counts = []
+    for n in (16, 64):
+        grid = pde.Grid((n, n), 1.0, boundary, centering)
+        b = RANDOM.standard_normal(grid.shape)
+        operator = -pde.laplacian(grid)
+        b = b - b.mean() if operator.singular else b
+        solution = solved(operator, jnp.asarray(b))
+        if operator.singular:
+            np.testing.assert_allclose(jnp.mean(solution.value), 0, atol=1e-12)
+        counts.append(int(solution.iterations))
+    assert max(counts) <= 9
+    assert max(counts) - min(counts) <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("boundary", [D, N, P, MIXED])
+def test_iterations_do_not_grow_to_fine_grids(boundary):
+    counts = []
+    for n in (32, 64, 128, 256, 255):
+        grid = pde.Grid((n, n), 1.0, boundary, "cell")
+        b = RANDOM.standard_normal(grid.shape)
+        operator = -pde.laplacian(grid)
+        b = b - b.mean() if operator.singular else b
+        counts.append(int(solved(operator, jnp.asarray(b)).iterations))
+    assert max(counts) <= 12
+    assert max(counts) - min(counts) <= 2
+
+
+@pytest.mark.parametrize("boundary", [N, MIXED])
+def test_vertices_on_neumann_sides(boundary):
+    grid = pde.Grid((17, 16), 1.0, boundary)
+    operator, weights = -pde.laplacian(grid), volumes(grid)
+    b = RANDOM.standard_normal(grid.shape)
+    b = b - np.sum(weights * b) / np.sum(weights) if operator.singular else b
+    assert int(solved(operator.weighted(), jnp.asarray(weights * b)).iterations) <= 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("boundary", [N, MIXED])
+def test_vertices_on_neumann_sides_unsymmetric(boundary):
+    grid = pde.Grid((17, 16), 1.0, boundary)
+    operator, weights = -pde.laplacian(grid), volumes(grid)
+    b = RANDOM.standard_normal(grid.shape)
+    b = b - np.sum(weights * b) / np.sum(weights) if operator.singular else b
+    stabilised = bl.BiCGStab(preconditioner=MULTIGRID)
+    assert int(solved(operator, jnp.asarray(b), stabilised).iterations) <= 6
+    back = b - b.mean() if operator.singular else b
+    assert int(solved(operator.transposed(), jnp.asarray(back), stabilised).iterations) <= 6
+
+
+@pytest.mark.parametrize("grid", [pde.Grid(100), pde.Grid((10, 8, 9), 1.0, [D, P, (N, D)])])
+def test_one_and_three_dimensions(grid):
+    k = jnp.asarray(RANDOM.uniform(0.5, 2.0, grid.shape))
+    b = jnp.asarray(volumes(grid) * RANDOM.standard_normal(grid.shape))
+    assert int(solved(pde.Diffusion(grid, k).weighted(), b).iterations) <= 12
+
+
+def test_as_a_solver():
+    grid = pde.Grid((31, 31))
+    b = jnp.asarray(RANDOM.standard_normal(grid.shape))
+    solution = solved(-pde.laplacian(grid), b, bl.Richardson(1.0, preconditioner=MULTIGRID))
+    assert int(solution.iterations) <= 12
+
+
+def test_hypergradients_of_source_coefficient_and_boundary_values():
+    grid = pde.Grid((12, 11), 1.0, [(D, N), D], "cell")
+    k0 = RANDOM.uniform(0.5, 2.0, grid.shape)
+    b0, weights = RANDOM.standard_normal((2, *grid.shape))
+    values = {(0, 0): RANDOM.standard_normal(11), (0, 1): RANDOM.standard_normal(11)}
+    theta = jax.tree.map(jnp.asarray, {"k": k0, "b": b0, "g": list(values.values())})
+
+    def system(t):
+        operator = pde.Diffusion(grid, t["k"])
+        return operator, t["b"] - operator.boundary_term(dict(zip(values, t["g"], strict=True)))
+
+    problem = bl.LinearSystem(lambda t: system(t)[0], lambda t: system(t)[1])
+    budget = bl.Budget(40, rtol=1e-12)
+
+    def loss(t):
+        solution = bl.solve(
+            problem, t, jnp.zeros(grid.shape), solver=CG, estimator=bl.Implicit(solver=CG),
+            budget=budget, adjoint_budget=budget,
+        )  # fmt: skip
+        return 0.5 * jnp.sum(weights * solution.value**2)
+
+    gradient = jax.jit(jax.grad(loss))(theta)
+
+    # By SciPy: λ = A⁻ᵀ ∂L/∂u, and dL = λᵀ (db - dA u).
+    operator, rhs = system(theta)
+    matrix = operator.to_scipy().tocsc()
+    u = spla.spsolve(matrix, np.ravel(rhs))
+    adjoint = jnp.asarray(spla.spsolve(matrix.T.tocsc(), weights.ravel() * u)).reshape(grid.shape)
+    field = jnp.asarray(u).reshape(grid.shape)
+
+    def pairing(t):
+        operator, rhs = system(t)
+        return jnp.sum(adjoint * (rhs - operator.matvec(field)))
+
+    expected = jax.jit(jax.grad(pairing))(theta)
+    for got, wanted in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-8 * float(jnp.abs(wanted).max()))
+
+
+@pytest.mark.parametrize(
+    ("solver", "boundary"),
+    [
+        pytest.param(bl.GMRES(preconditioner=MULTIGRID), D, marks=pytest.mark.slow),
+        (bl.BiCGStab(preconditioner=MULTIGRID), (N, D)),
+    ],
+)
+def test_adjoint_of_advection_and_diffusion(solver, boundary):
+    grid = pde.Grid((9, 8), 1.0, [boundary, D])
+    base = -pde.laplacian(grid) + pde.advection(grid, (8.0, -5.0))
+    b, weights = jnp.asarray(RANDOM.standard_normal((2, *grid.shape)))
+    budget = bl.Budget(25, rtol=1e-12)
+    problem = bl.LinearSystem(lambda t: base + t[0] * pde.identity(grid), lambda t: t[1])
+
+    def loss(t):
+        solution = bl.solve(
+            problem, t, jnp.zeros(grid.shape), solver=solver,
+            estimator=bl.Implicit(solver=solver), budget=budget, adjoint_budget=budget,
+        )  # fmt: skip
+        return jnp.sum(weights * solution.value)
+
+    theta = (jnp.asarray(3.0), b)
+    got = jax.jit(jax.grad(loss))(theta)
+    matrix = (base + 3.0 * pde.identity(grid)).to_scipy().tocsc()
+    adjoint = spla.spsolve(matrix.T.tocsc(), np.ravel(weights))
+    expected = (-adjoint @ spla.spsolve(matrix, np.ravel(b)), adjoint.reshape(grid.shape))
+    for a, e in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, e, atol=1e-8 * np.abs(e).max())
+
+
+def test_levels_and_build():
+    grid = pde.Grid((16, 16), 1.0, D, "cell")
+    operator = -pde.laplacian(grid)
+    assert len(MULTIGRID.hierarchy(operator)) == 3
+    shapes = [level.grid.shape for level, _ in MULTIGRID.hierarchy(operator)]
+    assert shapes == [(16, 16), (8, 8), (4, 4)]
+    direct = cycle(operator, pde.Multigrid(levels=1))
+    np.testing.assert_allclose(direct @ operator.to_scipy().toarray(), np.eye(256), atol=1e-10)
+    # What is found by itself may be given.
+    given = pde.Multigrid(build=lambda g: -pde.laplacian(g))
+    np.testing.assert_allclose(cycle(operator, given), cycle(operator), atol=1e-13)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match=r"'V', 'W' or 'F'.*'X'"):
+        pde.Multigrid(cycle="X")
+    with pytest.raises(ValueError, match="levels"):
+        pde.Multigrid(levels=0)
+    grid = pde.Grid((8, 8))
+    operator = -pde.laplacian(grid)
+    with pytest.raises(bl.IncompatibleError, match=r"SparseDirect|AlgebraicMultigrid"):
+        solved(pde.from_scipy(operator.to_scipy()), jnp.ones(64))
+    with pytest.raises(bl.IncompatibleError, match=r"pde.laplacian\(grid\)"):
+        bl.solve(bl.LinearSystem(jnp.eye(64), jnp.ones(64)), None, jnp.ones(64), solver=CG)
+    wide = pde.Grid((40, 40))
+    with pytest.raises(bl.IncompatibleError, match=r"1600 points.*729.*levels"):
+        solved(
+            -pde.laplacian(wide),
+            jnp.ones(wide.shape),
+            bl.ConjugateGradient(preconditioner=pde.Multigrid(levels=1)),
+        )
