@@ -6,6 +6,7 @@ from .error.base import ErrorEstimator as ErrorEstimator
 from .error.base import TruncationError as TruncationError
 from .error.certified import CertifiedBound as CertifiedBound
 from .error.correction import ResidualCorrection as ResidualCorrection
+from .error.spectral import SpectralEstimate as SpectralEstimate
 from .estimator.base import Estimator as Estimator
 from .estimator.implicit import Implicit as Implicit
 from .estimator.neumann import Neumann as Neumann

@@ -27,6 +27,8 @@ class BoundProblem:
     - `precondition`: v -> M⁻¹ v, set by solvers that were given a preconditioner.
     - `target`: the residual norm at which the caller will stop, for solvers whose
         iteration is a cycle of smaller ones; `None` where nobody said.
+    - `near`: x -> what preconditioners find as the source of N at x: an object that knows
+        the structure of an operator near N, where N itself has none to show.
     """
 
     name: str
@@ -41,6 +43,7 @@ class BoundProblem:
     matrix_free: bool = False
     precondition: Callable[[Any], Any] | None = None
     target: Array | None = None
+    near: Callable[[Any], Any] | None = None
 
     def linearize(self, x: PyTree) -> LinearOperator:
         """N at x; exact and free for a linear system."""
@@ -52,14 +55,15 @@ class BoundProblem:
             symmetric=self.symmetric,
             positive_definite=self.positive_definite,
             real_linear=True,
+            source=None if self.near is None else self.near(x),
         )
 
     def reference(self, first_residual: Array) -> Array:
-        """The norm that relative tolerances refer to.
+        """The norm that relative tolerances of a linear system refer to.
 
-        ‖b‖ for a linear system with b ≠ 0, so that a good start is not punished; the norm
-        of the first residual otherwise. Never an absolute constant: multiplying the
-        problem by a number changes nothing.
+        ‖b‖ for b ≠ 0, so that a good start is not punished; the norm of the first residual
+        otherwise. Never an absolute constant: multiplying the problem by a number changes
+        nothing.
         """
         if self.rhs is None:
             return first_residual

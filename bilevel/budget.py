@@ -19,7 +19,8 @@ class Budget(eqx.Module):
 
     An iteration stops as soon as its residual norm is at most
     ``max(rtol * scale, atol)``, where ``scale`` is the problem's own reference (the
-    norm of the right-hand side for a linear system, of the first residual otherwise),
+    norm of the right-hand side for a linear system; otherwise of the residual at zero of
+    the problem linearised at the start, or of the first residual where that is larger),
     or when ``iterations`` steps are done, whichever comes first.  Every field is an
     array leaf, so a new value never compiles anything anew.
 

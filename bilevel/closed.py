@@ -24,7 +24,8 @@ class ClosedProblem(eqx.Module):
 
     residual: Callable[[Any], Any]
     rmatvec: Callable[[Any], Any] | None
-    parts: Callable[[], tuple[PyTree | None, Array | None, Any]] | None
+    parts: Callable[[], tuple[PyTree | None, Array | None, Any, PyTree | None]] | None
+    near: Callable[[Any], Any] | None
     symmetric: bool | None = eqx.field(static=True)
     positive_definite: bool | None = eqx.field(static=True)
     linear: bool = eqx.field(static=True)
@@ -40,7 +41,9 @@ class ClosedProblem(eqx.Module):
         rmatvec = None
         if self.rmatvec is not None:
             _, rmatvec = jax.linearize(self.rmatvec, x)
-        diagonal, matrix, source = (None,) * 3 if self.parts is None else self.parts()
+        diagonal, matrix, source, kernel = (None,) * 4 if self.parts is None else self.parts()
+        if self.near is not None:
+            source = self.near(x)
         return LinearOperator(
             matvec=lambda v: vector.negative(derivative(v)),
             rmatvec=rmatvec,
@@ -50,6 +53,7 @@ class ClosedProblem(eqx.Module):
             positive_definite=self.positive_definite,
             real_linear=self.real_linear,
             source=source,
+            kernel=kernel,
         )
 
 
@@ -67,12 +71,13 @@ def close(problem: InnerProblem, theta: PyTree, x0: PyTree) -> ClosedProblem:
     if operator is not None:
         if operator.rmatvec is not None and not operator.symmetric:
             rmatvec = eqx.filter_closure_convert(lambda v: _rmatvec(problem.at(theta), v), x0)
-        if any(p is not None for p in (operator.diagonal, operator.matrix, operator.source)):
+        if any(part is not None for part in _parts(bound)):
             parts = eqx.filter_closure_convert(lambda: _parts(problem.at(theta)))
     return ClosedProblem(
         residual=eqx.filter_closure_convert(lambda x: problem.at(theta).residual(x), x0),
         rmatvec=rmatvec,
         parts=parts,
+        near=None if bound.near is None else eqx.filter_closure_convert(_near(problem, theta), x0),
         symmetric=bound.symmetric,
         positive_definite=bound.positive_definite,
         linear=operator is not None,
@@ -86,9 +91,19 @@ def _rmatvec(bound: BoundProblem, v: PyTree) -> PyTree:
     return bound.operator.rmatvec(v)
 
 
-def _parts(bound: BoundProblem) -> tuple[PyTree | None, Array | None, Any]:
-    assert bound.operator is not None
-    return bound.operator.diagonal, bound.operator.matrix, bound.operator.source
+def _near(problem: InnerProblem, theta: PyTree) -> Callable[[Any], Any]:
+    def near(x: Any) -> Any:
+        function = problem.at(theta).near
+        assert function is not None
+        return function(x)
+
+    return near
+
+
+def _parts(bound: BoundProblem) -> tuple[PyTree | None, Array | None, Any, PyTree | None]:
+    operator = bound.operator
+    assert operator is not None
+    return operator.diagonal, operator.matrix, operator.source, operator.kernel
 
 
 def stopped(tree: Any) -> Any:

@@ -23,7 +23,7 @@ def described(module: Any) -> str:
     >>> solution = bl.solve(problem, 1.0, 0.0, solver=bl.FixedPointIteration(), budget=budget)
     >>> solution
     Solution(value=1.75, status=BUDGET, residual_norm=0.125, iterations=3, tolerance=1.192e-07,
-             scale=1, rate=0.5, applications=4)
+             scale=1, rate=0.5, applications=5)
     """
     parts = [
         f"{field.name}={_shown(field.name, value)}"

@@ -24,6 +24,7 @@ from bilevel.problem import InnerProblem, as_inner_problem
 from bilevel.refinement.fidelity import Fidelity
 from bilevel.solution import Solution
 from bilevel.solver.base import InnerSolver
+from bilevel.solver.symmetry import adjoint_flaw
 from bilevel.status import Status
 
 
@@ -103,7 +104,9 @@ def hypergradient(
 
     - `outer_loss`: outer_loss(x, theta) -> real scalar.
     - `error`: how the truncation error is estimated; [`ResidualCorrection`][] by default,
-        `False` for not at all.
+        `False` for not at all. With an estimate, a declared `rmatvec` or `symmetric=True` is
+        looked at, too: where it does not hold, the adjoint's status is `NOT_ADJOINT` and the
+        gradient NaN. `jax.grad` through `bl.solve` trusts it.
     - the others: see [`solve`][].
 
     **Returns:** a [`Hypergradient`][].
@@ -218,6 +221,9 @@ def _evaluate(
         adjoint_residual=left,
         linear_solver=estimator.correction_solver(equation.at(theta), x0),
     )
+    if judge is not None and estimator.solves_adjoint:
+        situation = _looked_at(situation)
+        adjoint, gradient = situation.adjoint, situation.gradient
     error = None if judge is None else _judged(judge, situation)
     none = jnp.int32(0)
     cost = Cost(
@@ -320,6 +326,27 @@ def _estimate(
     )
 
 
+def _looked_at(situation: Situation) -> Situation:
+    """The situation, with a failed adjoint where the transpose was declared and is none.
+
+    An adjoint equation that is solved as it should be, with another matrix than the
+    problem's, converges to a wrong gradient, and its residual does not tell.
+    """
+    bound = situation.problem.at(situation.with_theta(situation.theta))
+    flaw = adjoint_flaw(bound, situation.x)
+    if flaw is None:
+        return situation
+    # Whatever else went wrong may be a consequence.
+    flawed = flaw != Status.CONVERGED
+    status = jnp.where(flawed, flaw, situation.adjoint.status)
+    poison = jnp.where(flawed, jnp.nan, 1.0)
+    return dataclasses.replace(
+        situation,
+        adjoint=dataclasses.replace(situation.adjoint, status=status),
+        gradient=vector.scale(poison, situation.gradient),
+    )
+
+
 def _judged(judge: ErrorEstimator, situation: Situation) -> TruncationError:
     error = judge.estimate(situation)
     failed = (situation.primal.status >= Status.DIVERGED) | (
@@ -337,17 +364,20 @@ def _judged(judge: ErrorEstimator, situation: Situation) -> TruncationError:
 
 
 def _forward_gradient(outer: Any, moving: PyTree) -> tuple[Array, Solution, PyTree]:
-    """One tangent for every entry of θ, all in one pass over the iteration."""
-    if any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(moving)):
-        msg = "Unrolled(mode='forward') takes real theta in bl.hypergradient; use mode='reverse'."
-        raise TypeError(msg)
+    """One tangent for every real number in θ, all in one pass over the iteration."""
+    leaves, treedef = jax.tree.flatten(moving)
+    # A real function of a complex entry has two derivatives, along its parts.
+    parts = [(leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,) for leaf in leaves]
 
-    def loss(moving: PyTree) -> tuple[Array, tuple[Array, Solution]]:
-        value, solution = outer(moving, Record())
+    def loss(parts: list[tuple[Array, ...]]) -> tuple[Array, tuple[Array, Solution]]:
+        joined = [jax.lax.complex(*part) if len(part) == 2 else part[0] for part in parts]
+        value, solution = outer(jax.tree.unflatten(treedef, joined), Record())
         return value, (value, solution)
 
-    gradient, (value, solution) = jax.jacfwd(loss, has_aux=True)(moving)
-    return value, solution, gradient
+    along, (value, solution) = jax.jacfwd(loss, has_aux=True)(parts)
+    # JAX's gradient is conjugate to the direction of steepest ascent.
+    joined = [jax.lax.complex(g[0], -g[1]) if len(g) == 2 else g[0] for g in along]
+    return value, solution, jax.tree.unflatten(treedef, joined)
 
 
 def _require_differentiable(theta: PyTree) -> None:

@@ -26,6 +26,8 @@ class LinearOperator(eqx.Module):
     - `positive_definite`: whether A is also positive definite; `None` for unknown.
     - `real_linear`: whether A is linear over the reals only, as the Hessian of complex
         unknowns is. Adjoints and inner products are then those of the real space.
+    - `kernel`: of a symmetric A a vector that A maps to zero, where one is known; no system
+        has a solution whose right-hand side has a part along it.
     - `source`: the object that it was made of, for solvers and preconditioners that know
         its structure; the adjoint gets `source.transposed()` where it has such a method.
 
@@ -43,6 +45,7 @@ class LinearOperator(eqx.Module):
     positive_definite: bool | None = eqx.field(static=True, default=None)
     real_linear: bool = eqx.field(static=True, default=False)
     source: Any = None
+    kernel: PyTree | None = None
 
     def transposed(self, like: PyTree) -> "LinearOperator":
         """The plain (unconjugated) transpose, acting on vectors like `like`.
@@ -82,6 +85,7 @@ class LinearOperator(eqx.Module):
             positive_definite=self.positive_definite,
             real_linear=self.real_linear,
             source=_transposed_source(self.source, symmetric=self.symmetric),
+            kernel=None if self.kernel is None else conjugate(self.kernel),
         )
 
     def adjoint_matvec(self, like: PyTree) -> Callable[[Any], Any]:
@@ -106,7 +110,8 @@ def as_operator(
 
     - `operator`: a square matrix (n, n); a function v -> A v; a pair of functions
         (v -> A v, v -> Aᴴ v); or any object with a method `matvec` and optionally
-        `rmatvec`, `diagonal` (a method or an array), `symmetric`, `positive_definite`.
+        `rmatvec`, `diagonal` (a method or an array), `symmetric`, `positive_definite`,
+        `kernel` (a method; see [`LinearOperator`][]), `shape` (a pair must be equal numbers).
     - `symmetric`, `positive_definite`: what the user declares; wins over what the
         object says of itself.
 
@@ -134,6 +139,7 @@ def as_operator(
             positive_definite,
             operator.real_linear,
             operator.source,
+            operator.kernel,
         )
     if isinstance(operator, jax.Array | np.ndarray):
         return _from_matrix(
@@ -148,6 +154,7 @@ def as_operator(
         raise TypeError(msg)
     matvec: Any = getattr(operator, "matvec", None)
     if callable(matvec):
+        _require_square(operator)
         diagonal: Any = getattr(operator, "diagonal", None)
         rmatvec: Any = getattr(operator, "rmatvec", None)
         return LinearOperator(
@@ -158,6 +165,7 @@ def as_operator(
             symmetric,
             positive_definite,
             source=operator,
+            kernel=_known_kernel(operator, symmetric=symmetric),
         )
     if isinstance(operator, tuple):
         functions: tuple[Any, ...] = operator
@@ -193,6 +201,22 @@ def _from_matrix(
         symmetric=symmetric,
         positive_definite=positive_definite,
     )
+
+
+def _require_square(operator: object) -> None:
+    shape: Any = getattr(operator, "shape", None)
+    if isinstance(shape, tuple) and len(shape) == 2 and shape[0] != shape[1]:
+        msg = (
+            f"LinearSystem: the {type(operator).__name__} must be square, got shape {shape}. For "
+            "least squares use Minimization, or the normal equations as a matvec function."
+        )
+        raise ValueError(msg)
+
+
+def _known_kernel(operator: object, *, symmetric: bool | None) -> PyTree | None:
+    kernel: Any = getattr(operator, "kernel", None)
+    # The range of an operator that is not symmetric is not what is orthogonal to its kernel.
+    return kernel() if symmetric and callable(kernel) else None
 
 
 def _vector_matrix(v: Array, matrix: Array) -> Array:

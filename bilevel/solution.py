@@ -21,7 +21,9 @@ class Solution(eqx.Module):
     - `iterations`: int32, iterations done.
     - `tolerance`: the residual norm that counted as converged (units of the residual).
     - `scale`: the residual norm that relative tolerances referred to: of the right-hand
-        side for a linear system, of the first residual otherwise.
+        side for a linear system; otherwise of the residual at zero of the problem linearised
+        at the start, or of the first residual where that is larger. So a warm start is not
+        asked for more than a cold one.
     - `rate`: residual reduction per iteration over the second half of the solve
         (< 1: contracting); NaN where fewer than two iterations were done.
     - `applications`: int32, how often the residual, gradient or operator was applied.

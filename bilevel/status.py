@@ -91,6 +91,24 @@ class Status(enum.IntEnum):
             "that is symmetric up to larger rounding errors.)"
         ),
     )
+    NOT_ADJOINT = (
+        11,
+        (
+            "The operator and what was declared of its transpose do not belong together, so the "
+            "gradient would be wrong: rmatvec is not the adjoint of matvec, or symmetric=True is "
+            "not so. bilevel.testing.check_inner_problem says which. Leave the declaration out, or "
+            "correct it."
+        ),
+    )
+    INCONSISTENT = (
+        12,
+        (
+            "The operator is singular and the right-hand side is not in its range, so there is no "
+            "solution, and a small residual is rounding. Take the part along the operator's kernel "
+            "off the right-hand side (the mean, for a pure Neumann or periodic problem); in an "
+            "adjoint, let the outer loss not depend on that part of the solution."
+        ),
+    )
 
     @property
     def failed(self) -> bool:

@@ -9,6 +9,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float, Int, PyTree
 
+from bilevel import vector
 from bilevel.description import described
 from bilevel.problem import InnerProblem
 from bilevel.solution import Solution
@@ -99,3 +100,8 @@ class ErrorEstimator(eqx.Module):
     @abc.abstractmethod
     def estimate(self, situation: Situation) -> TruncationError:
         """The truncation error against the exact hypergradient dL/dθ at x*(θ)."""
+
+
+def pairing(multiplier: PyTree, residual: PyTree) -> Array:
+    """λᵀr without conjugation, the real part of it: JAX's pairing of cotangent and tangent."""
+    return vector.dot(vector.conjugate(multiplier), residual)

@@ -8,7 +8,7 @@ from jaxtyping import Array, PyTree
 
 from bilevel import vector
 from bilevel.budget import Budget
-from bilevel.error.base import ErrorEstimator, Situation, TruncationError
+from bilevel.error.base import ErrorEstimator, Situation, TruncationError, pairing
 from bilevel.operator import LinearOperator
 from bilevel.solver.base import InnerSolver
 from bilevel.solver.conjugate_gradient import ConjugateGradient
@@ -69,7 +69,7 @@ class ResidualCorrection(ErrorEstimator):
         rough = _Rough(solver, self._budget(situation))
 
         def lagrangian(x: Any, theta: Any, multiplier: Any) -> Array:
-            return situation.loss(x, theta) + _pairing(multiplier, situation.residual(x, theta))
+            return situation.loss(x, theta) + pairing(multiplier, situation.residual(x, theta))
 
         residual = bound.residual(x)
         step = rough(operator, residual)
@@ -133,8 +133,3 @@ def krylov_solver(operator: LinearOperator) -> InnerSolver:
     if operator.symmetric:
         return MINRES()
     return GMRES()
-
-
-def _pairing(multiplier: PyTree, residual: PyTree) -> Array:
-    """λᵀr without conjugation, the real part of it: JAX's pairing of cotangent and tangent."""
-    return vector.dot(vector.conjugate(multiplier), residual)

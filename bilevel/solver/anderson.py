@@ -61,6 +61,7 @@ class Anderson(InnerSolver):
         "LBFGS or ArmijoGradientDescent for an objective, Newton for a residual"
     )
     linear_adjoint: ClassVar[bool] = True
+    conditioned: ClassVar[bool] = True
 
     memory: int = eqx.field(static=True, default=5)
     mixing: Float[Array, ""] | float = 1.0

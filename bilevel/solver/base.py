@@ -12,6 +12,9 @@ from bilevel.bound import BoundProblem
 from bilevel.budget import Budget
 from bilevel.status import Status
 
+MOST_ITERATIONS = 10_000
+"""Cap of a default budget."""
+
 
 class IncompatibleError(TypeError):
     """A solver or estimator was paired with a problem it cannot work on.
@@ -61,6 +64,9 @@ class InnerSolver(eqx.Module):
         by a true one before anything is called converged.
     - `stationary`: each step applies the same map, so that a residual that does not
         shrink over many steps means divergence.
+    - `conditioned`: how many steps it takes grows with the condition number and not with
+        the size, which is what its default budget then leaves room for. Whatever is
+        `stationary` is that, too.
     - `divides_by_residual`: a step divides by the size of the residual, so that it has no
         derivative where that is exactly zero.
     - `linear_adjoint`: it can solve the linear systems of an adjoint.
@@ -70,6 +76,7 @@ class InnerSolver(eqx.Module):
     instead: ClassVar[str] = "GMRES (for a linear system) or Newton"
     recursive: ClassVar[bool] = False
     stationary: ClassVar[bool] = False
+    conditioned: ClassVar[bool] = False
     divides_by_residual: ClassVar[bool] = False
     linear_adjoint: ClassVar[bool] = False
 
@@ -107,10 +114,10 @@ class InnerSolver(eqx.Module):
 
     def default_budget(self, x0: PyTree) -> Budget:
         """The budget where the user gives none: to within rounding, with a generous cap."""
-        return Budget(
-            iterations=int(min(max(10 * vector.size(x0), 100), 10_000)),
-            rtol=default_tolerance(x0),
-        )
+        cap = MOST_ITERATIONS
+        if not (self.conditioned or self.stationary):
+            cap = int(min(max(10 * vector.size(x0), 100), cap))
+        return Budget(iterations=cap, rtol=default_tolerance(x0))
 
     def check(self, problem: BoundProblem) -> None:
         """Refuse a problem that lacks what the solver requires.

@@ -6,11 +6,11 @@ from jaxtyping import Array, Float, PyTree
 
 from bilevel import vector
 from bilevel.bound import BoundProblem
-from bilevel.solver.base import InnerSolver
+from bilevel.solver.first_order import FirstOrderSolver
 from bilevel.solver.parameter import positive
 
 
-class GradientDescent(InnerSolver):
+class GradientDescent(FirstOrderSolver):
     """Gradient descent, x ← x - α ∂ₓ objective.
 
     Converges for 0 < α < 2/L, with L the largest eigenvalue of the Hessian, at the rate
@@ -28,7 +28,6 @@ class GradientDescent(InnerSolver):
     3.0
     """
 
-    requires: ClassVar[frozenset[str]] = frozenset({"objective"})
     instead: ClassVar[str] = "Richardson, FixedPointIteration or Newton"
     stationary: ClassVar[bool] = True
 

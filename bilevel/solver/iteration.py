@@ -1,6 +1,7 @@
 """A solver on a problem: the functions the loop calls."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,8 +26,13 @@ class Iteration(eqx.Module):
     - `true_residual`: state -> the residual at the state's value, evaluated anew.
     - `restart`: state -> a fresh state at the same value.
     - `scale`: the residual norm that relative tolerances refer to.
+    - `unit`: a power of two next to the scale, in which the loop measures residuals, so that
+        their squares neither overflow nor vanish in single precision.
     - `noise`: a residual norm that may be due to rounding alone.
+    - `floor`: a residual norm that no solution goes below, for the right-hand side is not in
+        the operator's range; `None` where nothing is known of that.
     - `flaw`: a failure known before the first step; `None` where nothing was looked at.
+    - `compared`: whether the scale took a residual of its own.
     """
 
     solver: InnerSolver
@@ -35,8 +41,11 @@ class Iteration(eqx.Module):
     true_residual: Callable[..., Any]
     restart: Callable[..., Any]
     scale: Float[Array, ""]
+    unit: Float[Array, ""]
     noise: Float[Array, ""]
+    floor: Float[Array, ""] | None = None
     flaw: Int[Array, ""] | None = None
+    compared: bool = eqx.field(static=True, default=False)
 
     def failure(self, state: PyTree) -> Int[Array, ""]:
         """`Status.CONVERGED` while all is well, otherwise the status to stop with."""
@@ -57,7 +66,7 @@ class Iteration(eqx.Module):
     @property
     def applications_before(self) -> int:
         """Applications before the first step, besides those the solver counts."""
-        return 0 if self.flaw is None else APPLICATIONS
+        return (0 if self.flaw is None else APPLICATIONS) + int(self.compared)
 
     def confirms(self, state: PyTree) -> bool:
         """Whether the residual the solver goes by may differ from the true one."""
@@ -67,22 +76,26 @@ class Iteration(eqx.Module):
         """Whether the residual is evaluated elsewhere than at the iterate."""
         return self.solver.point(state) is not self.solver.value(state)
 
+    def measured(self, residual: PyTree) -> Float[Array, ""]:
+        """The squared norm of a residual, in units."""
+        scaled = vector.scale(1.0 / self.unit, residual)
+        return vector.dot(scaled, scaled)
+
     def square(
         self, state: PyTree, residual: PyTree, tolerance: Float[Array, ""]
     ) -> Float[Array, ""]:
-        """The squared residual norm that decides whether the iteration is done.
+        """The squared residual norm that decides whether the iteration is done, in units.
 
         Where an extrapolated point meets the tolerance, the iterate has to meet it, too: a
         start anew from there would throw the momentum away, and there is none in an
         iteration that is differentiated.
         """
-        square = vector.dot(residual, residual)
+        square = self.measured(residual)
         if self.solver.recursive or not self.extrapolates(state):
             return square
 
         def of_iterate() -> Float[Array, ""]:
-            residual = self.true_residual(state)
-            return jnp.maximum(square, vector.dot(residual, residual))
+            return jnp.maximum(square, self.measured(self.true_residual(state)))
 
         return jax.lax.cond(jnp.sqrt(square) <= tolerance, of_iterate, lambda: square)
 
@@ -101,8 +114,8 @@ def begin(
     _check_value(solver, state, x0)
     residual = solver.residual(problem, state)
     # Without a derivative, which a norm has none of at zero: they say when to stop.
-    norm = jax.lax.stop_gradient(vector.norm(residual))
-    scale = jax.lax.stop_gradient(problem.reference(norm))
+    norm = jax.lax.stop_gradient(vector.robust_norm(residual))
+    scale = jax.lax.stop_gradient(_scale(problem, x0, residual, norm))
     if budget is not None:
         target = stopping_norm(budget, scale, vector.epsilon(residual))
         problem = dataclasses.replace(problem, target=jax.lax.stop_gradient(target))
@@ -113,8 +126,11 @@ def begin(
         true_residual=lambda state: problem.residual(solver.value(state)),
         restart=lambda state: solver.init(problem, solver.value(state)),
         scale=scale,
+        unit=jax.lax.stop_gradient(vector.unit(jnp.maximum(norm, scale))),
         noise=jax.lax.stop_gradient(_noise(problem, norm, scale, x0)),
+        floor=_floor(problem),
         flaw=symmetry_flaw(problem, x0) if needs_look(problem, solver.requires) else None,
+        compared=problem.rhs is None,
     )
     return iteration, state, residual
 
@@ -138,8 +154,11 @@ def close_iteration(iteration: Iteration, state: PyTree, residual: PyTree) -> It
         true_residual=eqx.filter_closure_convert(iteration.true_residual, state),
         restart=_no_restart,
         scale=iteration.scale,
+        unit=iteration.unit,
         noise=iteration.noise,
+        floor=iteration.floor,
         flaw=iteration.flaw,
+        compared=iteration.compared,
     )
 
 
@@ -165,11 +184,41 @@ def _no_restart(state: PyTree) -> PyTree:
     return state
 
 
+def _scale(problem: BoundProblem, x0: PyTree, residual: PyTree, norm: Array) -> Array:
+    """The norm that relative tolerances refer to.
+
+    ‖b‖ for a linear system with b ≠ 0, so that a good start is not punished.  Otherwise what
+    stands for it: the residual at zero of the problem linearised at the start, which for an
+    affine one is ‖b‖, too; or the first residual where that is larger.  Never an absolute
+    constant: multiplying the problem by a number changes nothing.
+    """
+    if problem.rhs is not None:
+        rhs_norm = vector.robust_norm(problem.rhs).astype(norm.dtype)
+        return jnp.where(rhs_norm > 0, rhs_norm, norm)
+    # A difference works where there is no derivative, and a digit of N x is enough.  A power
+    # of two commutes with a change of scale.
+    step = 2.0 ** round(math.log2(vector.epsilon(x0)) / 2)
+    change = vector.subtract(problem.residual(vector.scale(1.0 + step, x0)), residual)
+    at_zero = vector.robust_norm(vector.add_scaled(residual, -1.0 / step, change))
+    return jnp.where(jnp.isfinite(at_zero), jnp.maximum(norm, at_zero), norm)
+
+
+def _floor(problem: BoundProblem) -> Array | None:
+    """‖projection of b on a known kernel‖ of a symmetric operator, less what is rounding."""
+    if problem.rhs is None or problem.operator is None or problem.operator.kernel is None:
+        return None
+    kernel = problem.operator.kernel
+    size = vector.norm(problem.rhs)
+    part = jnp.abs(vector.dot(kernel, problem.rhs)) / vector.norm(kernel)
+    rounding = 1e3 * vector.epsilon(problem.rhs) * size
+    return jax.lax.stop_gradient(jnp.maximum(part - rounding, 0.0))
+
+
 def _noise(problem: BoundProblem, norm: Array, scale: Array, x0: PyTree) -> Array:
     reference = jnp.maximum(norm, scale)
     if problem.mapping is not None:
         reference = jnp.maximum(reference, vector.norm(x0))
     elif problem.rhs is None:
-        # The rounding level of a gradient is unknown here: only clear growth counts.
-        return 4.0 * norm
+        # The rounding level of a gradient is a guess: only clear growth counts.
+        return jnp.maximum(4.0 * norm, 1e3 * vector.epsilon(x0) * scale)
     return 1e3 * vector.epsilon(x0) * reference

@@ -24,12 +24,16 @@ BLOW_UP = 1e8
 PATIENCE = 10
 """Steps after which a stationary iteration that has not shrunk its residual diverges."""
 
+GROWN = 1e3
+"""At the end of a budget, a residual this many times the scale that still grows diverges."""
+
 
 class Progress(eqx.Module):
     """What the loop carries besides the solver's state.
 
     Norms are carried as squares: a root is taken where it is compared, and every number
-    less that the loop carries is one kernel less to compile.
+    less that the loop carries is one kernel less to compile.  They are in the unit of the
+    iteration, and so are the `Limits`.
 
     - `count`: iterations done; `square`: of the residual norm now.
     - `mark`: the square at the last power of two, so that the reduction rate over the
@@ -54,7 +58,7 @@ class Progress(eqx.Module):
 
 
 class Limits(eqx.Module):
-    """When to stop, evaluated once before the loop."""
+    """When to stop, evaluated once before the loop; residual norms are in units."""
 
     budget: Int[Array, ""]
     iterations: Int[Array, ""]
@@ -98,11 +102,41 @@ def run(
     - `minimum`: iterations done however good the start is, unless its residual is zero.
     - `history`: length of the residual history to keep, static; 0 keeps none.
     """
+    unit = None
+    if problem.rhs is not None and jnp.finfo(vector.real_dtype(problem.rhs)).bits < 64:
+        # Krylov methods square what they are given, too, and squares of single precision
+        # vanish below 1e-19: a linear system is solved next to one, whatever its units.
+        unit = jax.lax.stop_gradient(vector.unit(vector.robust_norm(problem.rhs)))
+        problem, x0, budget = _in_units(problem, x0, budget, unit)
     iteration, state, residual = begin(problem, solver, x0, budget)
     _, solution, _ = drive(
         iteration, state, residual, budget, minimum=minimum, history=history, restarts=True
     )
-    return solution
+    if unit is None:
+        return solution
+    sizes = ("residual_norm", "tolerance", "scale", "history")
+    known = {name: getattr(solution, name) for name in sizes}
+    scaled = {name: None if size is None else unit * size for name, size in known.items()}
+    return dataclasses.replace(solution, value=vector.scale(unit, solution.value), **scaled)
+
+
+def _in_units(
+    problem: BoundProblem, x0: PyTree, budget: Budget, unit: Array
+) -> tuple[BoundProblem, PyTree, Budget]:
+    """The linear system for x over a power of two."""
+    operator = problem.operator
+    assert operator is not None
+    inverse = 1.0 / unit
+    rhs, start = vector.scale(inverse, problem.rhs), vector.scale(inverse, x0)
+
+    def residual(x: PyTree) -> PyTree:
+        if x is start:  # the problem may know the residual at its own start
+            return vector.scale(inverse, problem.residual(x0))
+        return vector.subtract(rhs, operator.matvec(x))
+
+    scaled = dataclasses.replace(problem, residual=residual, rhs=rhs)
+    atol = jnp.asarray(budget.atol, unit.dtype) * inverse
+    return scaled, start, eqx.tree_at(lambda b: b.atol, budget, atol)
 
 
 def drive(
@@ -131,7 +165,7 @@ def drive(
     **Returns:** the final state, the solution, and the recorder's store.
     """
     solver = iteration.solver
-    square = vector.dot(residual, residual)
+    square = iteration.measured(residual)
     norm = jnp.sqrt(square)
     limits = _limits(iteration, budget, norm, vector.epsilon(residual), minimum, limit)
     progress = Progress(
@@ -155,18 +189,19 @@ def drive(
         failure = iteration.failure(state)
         true_norm = progress.norm
         if iteration.confirms(state):
-            true_norm = vector.norm(iteration.true_residual(state))
+            true_norm = jnp.sqrt(iteration.measured(iteration.true_residual(state)))
             applications = applications + 1
+    unit = iteration.unit
     solution = Solution(
         value=solver.value(state),
         status=_status(iteration, failure, progress, limits, true_norm),
-        residual_norm=true_norm,
+        residual_norm=unit * true_norm,
         iterations=progress.count,
-        tolerance=limits.tolerance,
+        tolerance=unit * limits.tolerance,
         scale=iteration.scale,
         rate=_rate(progress),
         applications=applications + iteration.applications_before,
-        history=progress.history,
+        history=None if progress.history is None else unit * progress.history,
     )
     return state, solution, store
 
@@ -233,13 +268,13 @@ def _limits(
     minimum: int,
     limit: int | None,
 ) -> Limits:
-    scale = iteration.scale
+    scale = iteration.scale / iteration.unit
     iterations = jnp.asarray(budget.iterations, jnp.int32)
     return Limits(
         budget=iterations,
         iterations=iterations if limit is None else jnp.minimum(iterations, limit),
         minimum=jnp.int32(minimum),
-        tolerance=stopping_norm(budget, scale, epsilon),
+        tolerance=stopping_norm(budget, iteration.scale, epsilon) / iteration.unit,
         start=norm,
         reference=jnp.maximum(norm, scale),
     )
@@ -292,7 +327,7 @@ def _confirmed(
         failure = iteration.failure(state)
         state = iteration.restart(state)
         residual = iteration.residual(state)
-        after = vector.dot(residual, residual)
+        after = iteration.measured(residual)
         return state, progress, after, square, applications.astype(jnp.int32), failure
 
     def worthwhile(carry: Any) -> Array:
@@ -338,9 +373,14 @@ def _status(
         diverged = diverged | (
             (progress.count >= PATIENCE)
             & (progress.norm >= limits.start)
-            & (progress.norm > iteration.noise)
+            & (progress.norm > iteration.noise / iteration.unit)
             & (_rate(progress) >= 1.0)
         )
+    elif not iteration.solver.recursive:
+        # Residuals that go up and down are no divergence; those of Krylov methods may go far.
+        grown = progress.norm > GROWN * limits.reference
+        grown = grown & (_rate(progress) > 1.0) & (progress.count >= PATIENCE)
+        diverged = diverged | grown
     result = jnp.where(diverged, code(Status.DIVERGED), result)
     if iteration.solver.recursive:
         # A recursion that lost touch with the truth is no iteration that ran out of budget.
@@ -350,6 +390,10 @@ def _status(
     drowned = (failure == Status.BREAKDOWN) & (true_norm <= level)
     failure = jnp.where(drowned, code(Status.ROUNDING), failure)
     result = jnp.where(failure != Status.CONVERGED, failure, result)
-    result = jnp.where(true_norm <= limits.tolerance, code(Status.CONVERGED), result)
+    done = code(Status.CONVERGED)
+    if iteration.floor is not None:
+        possible = iteration.floor <= limits.tolerance * iteration.unit
+        done = jnp.where(possible, done, code(Status.INCONSISTENT))
+    result = jnp.where(true_norm <= limits.tolerance, done, result)
     finite = jnp.isfinite(true_norm) & jnp.isfinite(progress.norm) & ~jnp.isnan(limits.tolerance)
     return jnp.where(finite, result, code(Status.NONFINITE))

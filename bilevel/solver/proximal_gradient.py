@@ -9,10 +9,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from bilevel import vector
 from bilevel.bound import BoundProblem
-from bilevel.budget import Budget
 from bilevel.proximal import ProximalParts
-from bilevel.solver.base import InnerSolver, default_tolerance
-from bilevel.solver.first_order import ITERATIONS
+from bilevel.solver.base import InnerSolver
 from bilevel.solver.line_search import slack
 from bilevel.solver.parameter import positive, whole
 from bilevel.status import Status
@@ -74,6 +72,7 @@ class ProximalGradient(InnerSolver):
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"proximal"})
+    conditioned: ClassVar[bool] = True
     instead: ClassVar[str] = (
         "LBFGS or GradientDescent for a smooth objective, Anderson for a fixed point, "
         "ConjugateGradient or GMRES for a linear system, Newton for a root"
@@ -163,10 +162,6 @@ class ProximalGradient(InnerSolver):
         """Gradients, and objectives of the backtracking."""
         del iterations
         return state.evaluations
-
-    def default_budget(self, x0: PyTree) -> Budget:
-        """To within rounding, however few the unknowns are."""
-        return Budget(iterations=ITERATIONS, rtol=default_tolerance(x0))
 
     def _search(
         self, parts: ProximalParts, state: ProximalGradientState, point: PyTree

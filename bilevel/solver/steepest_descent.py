@@ -47,6 +47,7 @@ class SteepestDescent(InnerSolver):
     instead: ClassVar[str] = "MINRES for a symmetric operator, GMRES or BiCGStab for any other"
     recursive: ClassVar[bool] = True
     linear_adjoint: ClassVar[bool] = True
+    conditioned: ClassVar[bool] = True
     divides_by_residual: ClassVar[bool] = True
 
     preconditioner: Any = None

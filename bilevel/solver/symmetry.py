@@ -1,4 +1,4 @@
-"""A look at whether an operator is symmetric, where nobody said."""
+"""A look at whether an operator is symmetric where nobody said, or the adjoint of another."""
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,30 @@ def symmetry_flaw(problem: BoundProblem, x: PyTree) -> Int[Array, ""]:
     # False for NaN, which is the loop's to find.
     flawed: Bool[Array, ""] = defect > ROUNDING_ERRORS * vector.epsilon(x) * size
     flaw = jnp.where(flawed, jnp.int32(Status.NOT_SYMMETRIC), jnp.int32(Status.CONVERGED))
+    return jax.lax.stop_gradient(flaw)
+
+
+def adjoint_flaw(problem: BoundProblem, x: PyTree) -> Int[Array, ""] | None:
+    """`Status.NOT_ADJOINT` where ⟨A u, v⟩ ≠ ⟨u, Aᴴ v⟩ for two arbitrary vectors u and v.
+
+    For what a user declared, an `rmatvec` or symmetry, and what a hot path trusts; two
+    applications.  Rounding errors are forgiven up to the square root of their unit.
+
+    **Returns:** `None` where the transpose was found by transposing.
+    """
+    declared = problem.symmetric and problem.objective is None
+    operator = problem.linearize(x)
+    made = operator.rmatvec is None or operator.matrix is not None
+    if made and not declared:
+        return None
+    adjoint = operator.adjoint_matvec(x)
+    u, v = _arbitrary(x, 1), _arbitrary(x, 2)
+    left, right = operator.matvec(u), adjoint(v)
+    size = vector.norm(left) * vector.norm(v) + vector.norm(u) * vector.norm(right)
+    defect = jnp.abs(vector.dot(left, v) - vector.dot(u, right))
+    # False for NaN, which the solve has found.
+    flawed: Bool[Array, ""] = defect > vector.epsilon(x) ** 0.5 * size
+    flaw = jnp.where(flawed, jnp.int32(Status.NOT_ADJOINT), jnp.int32(Status.CONVERGED))
     return jax.lax.stop_gradient(flaw)
 
 

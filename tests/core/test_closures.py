@@ -1,6 +1,8 @@
 """What user functions capture differentiates right, wherever it is captured, and stays fresh."""
 
+import collections
 import functools
+import timeit
 import types
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +14,7 @@ import optax
 import pytest
 
 import bilevel as bl
+from bilevel.captured import Captured
 from tests.core.cases import MIXING, THETA, N, definite_matrix, loss, rhs
 from tests.core.compiling import jitted
 
@@ -346,6 +349,165 @@ def test_what_did_not_change_is_not_compiled_again():
     assert len(set(counts)) == 1
 
 
+class Slotted:
+    __slots__ = ("weight",)
+
+    def __init__(self, weight: Any):
+        self.weight = weight
+
+
+class Constants:
+    weight: Any = 1
+
+
+class Below(Constants):
+    pass
+
+
+def nested(weight: Any, depth: int) -> Any:
+    for _ in range(depth):
+        weight = {"inner": [weight]}
+    return weight
+
+
+def at(thing: Any, depth: int) -> Any:
+    for _ in range(depth):
+        thing = thing["inner"][0]
+    return thing
+
+
+def _list_of_ints() -> Any:
+    held = [1, 5]
+    return (lambda: held[0]), (lambda: held.__setitem__(0, 3))
+
+
+def _deque() -> Any:
+    held = collections.deque([1])
+    return (lambda: held[0]), (lambda: held.__setitem__(0, 3))
+
+
+def _class_attribute() -> Any:
+    kind = type("Kind", (), {"weight": 1})
+    return (lambda: kind.weight), (lambda: setattr(kind, "weight", 3))
+
+
+def _attribute_of_the_object_s_class() -> Any:
+    kind = type("Kind", (Below,), {})
+    own = kind()
+    return (lambda: own.weight), (lambda: setattr(kind, "weight", 3))
+
+
+def _slots() -> Any:
+    held = Slotted(1)
+    return (lambda: held.weight), (lambda: setattr(held, "weight", 3))
+
+
+def _deep() -> Any:
+    inmost = Slotted(1.0)
+    held = nested(inmost, 9)
+    return (lambda: at(held, 9).weight), (lambda: setattr(inmost, "weight", 3.0))
+
+
+def _namespace() -> Any:
+    held = types.SimpleNamespace(inner=types.SimpleNamespace(weight=1))
+    return (lambda: held.inner.weight), (lambda: setattr(held.inner, "weight", 3))
+
+
+def _attribute_of_a_function() -> Any:
+    def weight() -> Any:
+        return weight.number
+
+    weight.number = 1
+    return weight, lambda: setattr(weight, "number", 3)
+
+
+def _behind_jit() -> Any:
+    held = [1]
+    weight = jax.jit(lambda: held[0])
+    return weight, lambda: (held.__setitem__(0, 3), weight.clear_cache())
+
+
+def _many() -> Any:
+    held = [Slotted(1) for _ in range(5000)]
+    return (lambda: held[-1].weight), (lambda: setattr(held[-1], "weight", 3))
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        _list_of_ints,
+        _deque,
+        _class_attribute,
+        _attribute_of_the_object_s_class,
+        _slots,
+        _deep,
+        _namespace,
+        _attribute_of_a_function,
+        _behind_jit,
+        _many,
+    ],
+)
+def test_what_is_held_in_any_way_counts(hold: Any):
+    weight, change = hold()
+    problem = bl.RootFinding(lambda x, theta: weight() * (x - theta) + x)
+    assert solved(problem) == pytest.approx(1.0)
+    change()
+    assert solved(problem) == pytest.approx(1.5)
+
+
+def test_an_attribute_of_the_problem_s_class_counts():
+    class Problem(bl.InnerProblem):
+        weight = 1
+
+        def residual(self, x: Any, theta: Any) -> Any:
+            return self.weight * (x - theta) + x
+
+    assert solved(Problem()) == pytest.approx(1.0)
+    Problem.weight = 3
+    assert solved(Problem()) == pytest.approx(1.5)
+
+
+def test_an_attribute_of_the_user_s_module_counts():
+    settings = types.ModuleType("settings")
+    settings.weight = 1  # pyright: ignore[reportAttributeAccessIssue]
+    notebook = types.ModuleType("notebook")
+    vars(notebook)["settings"] = settings
+    exec("def residual(x, theta):\n    return settings.weight * (x - theta) + x", vars(notebook))  # noqa: S102
+    problem = bl.RootFinding(notebook.residual)
+    assert solved(problem) == pytest.approx(1.0)
+    settings.weight = 3  # pyright: ignore[reportAttributeAccessIssue]
+    assert solved(problem) == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("make", [lambda: [0, 0], lambda: {"a": 0, "b": [0]}, lambda: Slotted([0])])
+def test_a_function_s_own_tally_does_not_compile_it_again(make: Any):
+    tally, traces = make(), 0
+
+    def residual(x: Any, theta: Any) -> Any:
+        nonlocal traces
+        traces += 1
+        kept = tally.weight if isinstance(tally, Slotted) else tally
+        kept[next(iter(kept)) if isinstance(kept, dict) else 0] += 1
+        return 2 * x - theta
+
+    problem = bl.RootFinding(residual)
+    counts: list[int] = []
+    for start in (0.0, 1.0, 2.0):
+        bl.solve(problem, 2.0, start)
+        counts.append(traces)
+    assert len(set(counts)) == 1
+
+
+def test_looking_at_what_is_held_is_cheap():
+    data, rate, options = jnp.ones((50, 3)), 0.1, {"power": 2, "names": ["a", "b"]}
+
+    def objective(x: Any, theta: Any) -> Any:
+        return rate * jnp.sum((data @ x) ** options["power"]) + jnp.sum(theta * x**2)
+
+    seconds = min(timeit.repeat(lambda: Captured(objective), number=200, repeat=5)) / 200
+    assert seconds < 100e-6  # a generous bound on a shared machine; about 10 measured
+
+
 @pytest.mark.parametrize("name", ["Implicit", "Unrolled", "Neumann", "OneStep", "Nystrom"])
 def test_outside_jit_what_is_captured_counts_as_well(name: str):
     """There JAX hands a captured number over as Python's, which is easily taken for a constant."""
@@ -378,6 +540,27 @@ def test_the_gradient_of_a_hypergradient_sees_what_its_outer_loss_captured():
     # x = 1/2 e^-θ: value Σ (x - t)², gradient Σ -2 (x - t) x.
     expected = N * (-2 * (0.5 - 0.3) + 2 * 0.5)
     np.testing.assert_allclose(jax.grad(total)(0.3), expected, rtol=1e-8)
+
+
+FORWARD = {
+    "jvp": lambda f, t: jax.jvp(f, (t,), (t,)),
+    "jvp in jit": lambda f, t: jax.jit(lambda t: jax.jvp(f, (t,), (t,)))(t),
+    "jvp of jit": lambda f, t: jax.jvp(jax.jit(f), (t,), (t,)),
+    "jacfwd": lambda f, t: jax.jacfwd(f)(t),
+    "linearize": lambda f, t: jax.linearize(f, t)[1](t),
+    "grad of jvp": lambda f, t: jax.grad(lambda s: jax.jvp(f, (s,), (t,))[1])(t),
+    "vmap of jvp": lambda f, t: jax.vmap(lambda s: jax.jvp(f, (s,), (t,))[1])(jnp.stack([t, t])),
+}
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward_mode_where_only_reverse_mode_works_says_so(name: str):
+    def value(theta: Any) -> Any:
+        solution = objective_passed(theta, estimator=bl.Unrolled(), **GRADIENT)
+        return loss(solution, theta)
+
+    with pytest.raises(TypeError, match=r"Use Unrolled\(mode='forward'\)"):
+        FORWARD[name](value, jnp.asarray(THETA))
 
 
 def test_reverse_mode_where_only_forward_mode_works_says_so():

@@ -215,6 +215,13 @@ def undeclared() -> bl.Solution:
     return bl.solve(problem, None, jnp.zeros(2), solver=bl.ConjugateGradient())
 
 
+def no_adjoint() -> bl.Solution:
+    matrix = jnp.array([[3.0, 1.0], [0.0, 3.0]])
+    functions = (lambda v: matrix @ v), (lambda v: matrix @ v)
+    problem = bl.LinearSystem(lambda _: functions, lambda theta: theta)
+    return bl.hypergradient(lambda x, _: jnp.sum(x), problem, jnp.ones(2), jnp.zeros(2)).adjoint
+
+
 REACHED = {
     bl.Status.CONVERGED: lambda: run(1.0, 3.0, 100, 1e-3, 0.0),
     bl.Status.BUDGET: lambda: run(1.0, 3.0, 3, 0.0, 0.0),
@@ -238,6 +245,7 @@ REACHED = {
     bl.Status.NOT_STARTED: idle_adjoint,
     bl.Status.NOT_SYMMETRIC: undeclared,
     bl.Status.LINE_SEARCH: contradictory,
+    bl.Status.NOT_ADJOINT: no_adjoint,
 }
 
 
@@ -261,6 +269,7 @@ def test_failures_are_those_whose_result_must_not_be_used():
         "NOT_STARTED",
         "LINE_SEARCH",
         "NOT_SYMMETRIC",
+        "NOT_ADJOINT",
     }
 
 

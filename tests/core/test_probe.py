@@ -34,7 +34,7 @@ def test_a_probe_counts_what_both_solves_did():
     assert int(got.solves) == 1
     assert int(got.primal_iterations) == 7
     assert int(got.adjoint_iterations) == 5
-    assert int(got.primal_applications) == 8
+    assert int(got.primal_applications) == 9  # one more for the scale of the tolerance
     assert int(got.adjoint_applications) == 6
     assert int(got.primal_capped) == int(got.adjoint_capped) == 1
     assert int(got.failures) == 0

@@ -125,6 +125,36 @@ def test_complex_linear_systems_differentiate_in_complex_theta(name: str, estima
     np.testing.assert_allclose(got, expected, rtol=1e-8)
 
 
+def test_forward_mode_differentiates_in_complex_theta_as_reverse_mode_does():
+    problem = bl.LinearSystem(HERMITIAN, lambda theta: COMPLEX_RHS * theta["rhs"] * theta["scale"])
+    theta = {"rhs": jnp.array([1.0 + 0.5j, 0.3 - 1j, 2.0]), "scale": jnp.asarray(1.3)}
+
+    def gradient(mode: str) -> Any:
+        return bl.hypergradient(
+            # Not a function of |theta| alone: the sign of the imaginary part counts.
+            lambda x, theta: complex_loss(x) + jnp.sum(theta["rhs"] ** 2).imag,
+            problem,
+            theta,
+            jnp.zeros(3, complex),
+            solver=bl.Richardson(0.3),
+            estimator=bl.Unrolled(mode=mode),
+            budget=bl.Budget(5),
+            error=False,
+        ).gradient
+
+    forward, reverse = gradient("forward"), gradient("reverse")
+    for name, leaf in reverse.items():
+        assert forward[name].dtype == leaf.dtype
+        np.testing.assert_allclose(forward[name], leaf, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_is_refused_by_name(dtype: Any):
+    problem = bl.Minimization(lambda x, theta: jnp.sum((x - theta) ** 2))
+    with pytest.raises(TypeError, match=r"x0 is b?float16, .* x0.astype\(jnp.float32\)"):
+        bl.solve(problem, jnp.ones(2, dtype), jnp.zeros(2, dtype))
+
+
 def test_a_real_parameter_of_a_complex_operator_differentiates():
     problem = bl.LinearSystem(lambda theta: GENERAL + theta * 1j * np.eye(3), COMPLEX_RHS)
 
@@ -414,3 +444,26 @@ def test_declarations_that_are_not_true_are_found_by_the_kit():
     )
     with pytest.raises(ConformanceError, match="positive definite"):
         check_inner_problem(shifted, THETA, jnp.zeros(N))
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        bl.GradientDescent(0.9),
+        bl.Richardson(0.9),
+        bl.Jacobi(),
+        bl.SteepestDescent(),
+        bl.Chebyshev(0.01, 2.01),
+    ],
+    ids=lambda solver: type(solver).__name__,
+)
+def test_the_default_budget_is_enough_for_few_ill_conditioned_unknowns(solver: Any):
+    # A condition number of 201 in two unknowns: it is that which takes steps, not the size.
+    matrix = np.array([[1.01, 1.0], [1.0, 1.01]])
+    rhs = np.array([1.0, -0.5])
+    problem: Any = bl.LinearSystem(matrix, rhs)
+    if isinstance(solver, bl.GradientDescent):
+        problem = bl.Minimization(lambda x, _: 0.5 * jnp.vdot(x, matrix @ x) - jnp.vdot(rhs, x))
+    solution = bl.solve(problem, None, jnp.zeros(2), solver=solver)
+    assert int(solution.status) == bl.Status.CONVERGED
+    np.testing.assert_allclose(solution.value, np.linalg.solve(matrix, rhs), rtol=1e-7)
