@@ -1,6 +1,7 @@
 """Compile once: calls outside jit reuse one executable for all traced values."""
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from bilevel.captured import Captured, Classes
+from bilevel.captured import Captured, classes_in
 
 
 def _is_traced_leaf(leaf: Any) -> bool:
@@ -20,7 +21,7 @@ def _is_traced_leaf(leaf: Any) -> bool:
 
 
 def _may_hold(leaf: Any) -> bool:
-    return not isinstance(leaf, type) and (callable(leaf) or hasattr(leaf, "__dict__"))
+    return not isinstance(leaf, int | str | bytes | types.NoneType)
 
 
 def _inside_jit() -> bool:
@@ -33,18 +34,21 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Arrays and Python floats anywhere in the arguments are traced; functions, strings,
     integers and the rest are part of the cache key, functions and objects together with
-    what they hold ([`Captured`][]). Inside someone else's jit, or with traced values in a
-    closure, the function is inlined instead.
+    what they hold ([`Captured`][]). Inside someone else's jit, with traced values in a
+    closure, or where what something holds cannot be seen, the function is called as it is.
     """
 
     @functools.partial(jax.jit, static_argnums=0)
     def call(static: tuple[Any, ...], dynamic: list[Any]) -> Any:
-        leaves, treedef, _ = static
+        leaves, treedef, classes = static
         remaining = iter(dynamic)
         merged = [next(remaining) if leaf is _SLOT else _unwrap(leaf) for leaf in leaves]
         args, kwargs = jax.tree.unflatten(treedef, merged)
         outcome = function(*args, **kwargs)
         arrays, rest = eqx.partition(outcome, eqx.is_array)
+        for part in (*leaves, classes):
+            if isinstance(part, Captured):
+                part.refresh()
         return arrays, _Constant(rest)
 
     @functools.wraps(function)
@@ -56,9 +60,9 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
             _SLOT if _is_traced_leaf(leaf) else (Captured(leaf) if _may_hold(leaf) else leaf)
             for leaf in leaves
         )
-        classes = Classes((args, kwargs))
-        held = [part for leaf in static if isinstance(leaf, Captured) for part in leaf.held]
-        if any(isinstance(part, Tracer) for part in (*held, *classes.held)):
+        classes = Captured(*classes_in((args, kwargs)))
+        captures = [leaf.held for leaf in (*static, classes) if isinstance(leaf, Captured)]
+        if any(capture.traced or not capture.seen for capture in captures):
             return function(*args, **kwargs)
         try:
             hash((static, treedef, classes))
@@ -92,4 +96,4 @@ _SLOT = _Slot()
 
 
 def _unwrap(leaf: Any) -> Any:
-    return leaf.thing if isinstance(leaf, Captured) else leaf
+    return leaf.things[0] if isinstance(leaf, Captured) else leaf

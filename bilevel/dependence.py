@@ -52,13 +52,7 @@ def is_affine(function: Callable[[Any], Any], x: PyTree) -> bool:
 
 
 def _called(equation: Any) -> core.ClosedJaxpr | None:
-    if equation.primitive.name not in {
-        "pjit",
-        "jit",
-        "closed_call",
-        "core_call",
-        "custom_jvp_call",
-    }:
+    if equation.primitive.name not in _CALLS:
         return None
     for name in _BODIES:
         inner = equation.params.get(name)

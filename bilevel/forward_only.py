@@ -9,6 +9,10 @@ from jax.interpreters import ad, batching, mlir
 T = TypeVar("T")
 
 
+class ReverseModeError(TypeError):
+    """Reverse-mode differentiation of what has forward mode only."""
+
+
 def forward_only(tree: T, message: str) -> T:
     """The tree itself; reverse-mode differentiation through it raises `message`.
 
@@ -24,6 +28,11 @@ def forward_only(tree: T, message: str) -> T:
     forward mode only
     """
     return jax.tree.map(lambda leaf: _marked.bind(leaf, message=message), tree)
+
+
+def has_forward_only(error: TypeError | ValueError) -> bool:
+    """Whether an error says that there is forward mode only: ours, or JAX's of a while loop."""
+    return isinstance(error, ReverseModeError) or "everse-mode" in str(error)
 
 
 _marked = Primitive("forward_only")
@@ -43,7 +52,7 @@ def _abstract(leaf: Any, *, message: str) -> Any:
 
 def _transpose(cotangent: Any, leaf: Any, *, message: str) -> Never:
     del cotangent, leaf
-    raise TypeError(message)
+    raise ReverseModeError(message)
 
 
 def _batch(leaves: Any, axes: Any, *, message: str) -> Any:

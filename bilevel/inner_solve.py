@@ -232,6 +232,9 @@ def _wrong_kind(name: str, value: object) -> str:
     return f"{name} must be {expected}, got {value!r}.{hint}"
 
 
+_FEWEST_BITS = 32
+
+
 def as_vector(name: str, x: PyTree) -> PyTree:
     """The pytree with array leaves.
 
@@ -249,6 +252,13 @@ def as_vector(name: str, x: PyTree) -> PyTree:
             msg = (
                 f"{where} must be a float or complex array, got {array.dtype}. Use "
                 f"{where}.astype(float), or move it into theta or the problem's own data."
+            )
+            raise TypeError(msg)
+        if jnp.finfo(array.dtype).bits < _FEWEST_BITS:
+            msg = (
+                f"{where} is {array.dtype}, in which no tolerance and no factorisation holds. "
+                f"Solve in single precision: {where}.astype(jnp.float32), with theta and the data "
+                "in it, and convert the solution."
             )
             raise TypeError(msg)
         return jnp.asarray(array, array.dtype)  # no weak type: the loop keeps dtypes

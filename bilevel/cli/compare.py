@@ -4,7 +4,14 @@ import argparse
 
 from bilevel.cli.failure import DONE, INTERRUPTED, UsageError
 from bilevel.cli.output import put, say
-from bilevel.cli.training import check_trainable, console, directory_for, load, report
+from bilevel.cli.training import (
+    check_trainable,
+    console,
+    directory_for,
+    load,
+    make_directory,
+    report,
+)
 from bilevel.outer.compare import check_policies, occupied_folder, recommended
 from bilevel.outer.compare import compare as compare_policies
 from bilevel.outer.plotting import MissingPlotsError, plot_runs
@@ -31,6 +38,7 @@ def compare(options: argparse.Namespace) -> int:
         if occupied is not None:
             msg = f"{occupied} holds results already; add --overwrite, or name another directory."
             raise UsageError(msg)
+    make_directory(directory)
     with file.guard():
         outcome = compare_policies(
             file.build,

@@ -1,11 +1,11 @@
 """Failures of a command, and what they look like."""
 
-import difflib
 import sys
 import traceback
-from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
+
+from bilevel.cli.output import say
 
 DONE = 0
 FAILED = 1
@@ -21,23 +21,41 @@ class TaskError(Exception):
     """The user's file raised; the cause is what it raised."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The rest of a sentence about an unknown name.
+def reason(error: Exception) -> str:
+    """What the system refused, in words.
 
-    >>> nearest("--epoch", ["--epochs", "--seed"])
-    '; did you mean --epochs?'
+    >>> reason(PermissionError(13, "Permission denied", "runs"))
+    'Permission denied'
     """
-    names = sorted(known)
-    if near := difflib.get_close_matches(name, names, n=1):
-        return f"; did you mean {near[0]}?"
-    return f"; there is {', '.join(names)}." if names else "."
+    return (error.strerror if isinstance(error, OSError) else None) or str(error).rstrip(".")
 
 
-def show_traceback(error: BaseException, file: Path) -> None:
-    """Print a traceback from the first frame in the user's file on."""
-    trace = _from_file(error.__traceback__, file.resolve())
-    if trace is None and not isinstance(error, SyntaxError):
-        trace = error.__traceback__
+def in_one_line(error: BaseException, file: Path) -> str:
+    """An error of the user's file with where in the file it came up."""
+    line = None
+    if isinstance(error, SyntaxError):
+        file, line = Path(error.filename or file), error.lineno
+        what = error.msg
+    else:
+        what = str(error) or "no message"
+        trace = _from_file(error.__traceback__, file.resolve())
+        while trace is not None:
+            line = trace.tb_lineno
+            trace = _from_file(trace.tb_next, file.resolve())
+    place = f"{file}" if line is None else f"{file}, line {line}"
+    return f"{place}: {type(error).__name__}: {what}"
+
+
+def show_traceback(error: BaseException, file: Path, *, whole: bool = False) -> None:
+    """Print a traceback from the first frame in the user's file on, or all of it.
+
+    Where no frame is in the user's file a traceback would tell of none of their lines, and
+    the error alone is shown.
+    """
+    trace = error.__traceback__ if whole else _from_file(error.__traceback__, file.resolve())
+    if trace is None:
+        say(f"{in_one_line(error, file)} (--traceback shows where it came up)")
+        return
     lines = traceback.format_exception(type(error), error, trace)
     sys.stderr.write("".join(lines))
 

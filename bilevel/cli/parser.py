@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bilevel.cli.failure import UsageError, nearest
+from bilevel.cli.failure import UsageError
+from bilevel.outer.suggestion import did_you_mean
 
 _POLICIES = """policies:
   full                     the full solve in every step
@@ -25,6 +26,9 @@ _FILE = """the file:
 """
 
 
+_MOST_SEEDS = 10_000
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises instead of printing usage and leaving."""
 
@@ -42,7 +46,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     words = [word for word in argv if not word.startswith("-")]
     first_option = next((word for word in argv if word.startswith("-")), "")
     if words and words[0] not in commands and argv[0] == words[0]:
-        msg = f"there is no command {words[0]!r}{nearest(words[0], commands)}"
+        msg = f"there is no command {words[0]!r}{did_you_mean(words[0], commands)}"
         raise UsageError(msg)
     options, surplus = parser.parse_known_args(argv)
     if surplus:
@@ -60,7 +64,7 @@ def _surplus(argument: str, parser: argparse.ArgumentParser) -> str:
         return f"one argument too many: {argument!r}."
     option = argument.partition("=")[0]
     known = [name for action in parser._actions for name in action.option_strings]  # noqa: SLF001
-    return f"there is no option {option}{nearest(option, known)}"
+    return f"there is no option {option}{did_you_mean(option, known)}"
 
 
 def _parsers() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
@@ -116,9 +120,9 @@ def _parsers() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
     _add_output(compare)
 
     plot = _command(commands, "plot", "draw a run or a comparison", None)
-    plot.add_argument("run", type=Path, metavar="RUN", help="directory of a run or comparison")
+    plot.add_argument("run", type=_path, metavar="RUN", help="directory of a run or comparison")
     plot.add_argument(
-        "--output", type=Path, metavar="FILE", help="picture to write (a PNG in the directory)"
+        "--output", type=_path, metavar="FILE", help="picture to write (a PNG in the directory)"
     )
 
     info = _command(commands, "info", "versions, devices, adapters, and what is missing", None)
@@ -156,6 +160,9 @@ def _add_task(parser: Parser) -> None:
         metavar="N",
         help="non-finite updates in a row before a run is given up (10)",
     )
+    parser.add_argument(
+        "--traceback", action="store_true", help="show whole tracebacks of what the file raises"
+    )
     precision = parser.add_mutually_exclusive_group()
     precision.add_argument(
         "--x64", action="store_true", help="double precision by default, if the file does not say"
@@ -168,12 +175,19 @@ def _add_task(parser: Parser) -> None:
 def _add_output(parser: Parser) -> None:
     kept = parser.add_mutually_exclusive_group()
     kept.add_argument(
-        "--directory", type=Path, metavar="DIR", help="where to keep it (a new one in runs/)"
+        "--directory", type=_path, metavar="DIR", help="where to keep it (a new one in runs/)"
     )
     kept.add_argument("--discard", action="store_true", help="keep nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace what --directory holds")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def _path(word: str) -> Path:
+    if not word or "\0" in word:
+        msg = f"{word!r} is no path."
+        raise argparse.ArgumentTypeError(msg)
+    return Path(word)
 
 
 def _whole(word: str) -> int:
@@ -192,7 +206,11 @@ def _seed(word: str) -> int:
 
 def _seeds(word: str) -> tuple[int, ...]:
     if "," not in word:
-        return tuple(range(_whole(word)))
+        count = _whole(word)
+        if count > _MOST_SEEDS:
+            msg = f"{word!r} is more than {_MOST_SEEDS} seeds; for one seed write '{word},'."
+            raise argparse.ArgumentTypeError(msg)
+        return tuple(range(count))
     seeds = tuple(_seed(part.strip()) for part in word.split(",") if part.strip())
     if not seeds or len(set(seeds)) < len(seeds):
         msg = f"{word!r} should list seeds that differ from each other, such as 1,2,25."

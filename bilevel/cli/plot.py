@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from bilevel.cli.failure import DONE, FAILED, UsageError
+from bilevel.cli.failure import DONE, FAILED, UsageError, reason
 from bilevel.cli.output import put, say
 from bilevel.outer.comparison import COMPARISON_FILE, Comparison
 from bilevel.outer.plotting import MissingPlotsError, plot_runs
@@ -43,8 +43,12 @@ def plot(options: argparse.Namespace) -> int:
         picture = plot_runs(
             runs, output or directory / default, title=title, metric_name=metric_name
         )
-    except (ValueError, FileNotFoundError) as error:
+    except ValueError as error:
         raise UsageError(str(error)) from error
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        msg = f"{where}{reason(error)}."
+        raise UsageError(msg) from error
     except MissingPlotsError as error:
         say(str(error))
         return FAILED

@@ -4,7 +4,15 @@ import argparse
 
 from bilevel.cli.failure import DONE, FAILED, INTERRUPTED, UsageError
 from bilevel.cli.output import put, say
-from bilevel.cli.training import check_trainable, console, directory_for, load, report
+from bilevel.cli.training import (
+    check_trainable,
+    console,
+    directory_for,
+    load,
+    make_directory,
+    report,
+)
+from bilevel.outer.archive import ResumeError
 from bilevel.outer.assignment import controller_for, default_policy
 from bilevel.outer.optimize import NonFiniteError, optimize
 from bilevel.outer.policy import parse_policy
@@ -17,6 +25,9 @@ def run(options: argparse.Namespace) -> int:
 
     **Returns:** the exit code.
     """
+    if options.resume and options.overwrite:
+        msg = "--resume goes on with a run and --overwrite replaces it; give one of them."
+        raise UsageError(msg)
     if options.resume and options.directory is None:
         msg = "--resume needs --directory, the one the run was kept in."
         raise UsageError(msg)
@@ -24,7 +35,8 @@ def run(options: argparse.Namespace) -> int:
     task = file.build(options.seed)
     check_trainable(task, options)
     try:
-        policy = parse_policy(options.policy or default_policy(task))
+        written = options.policy
+        policy = parse_policy(default_policy(task) if written is None else written)
         controller = controller_for(policy, task)
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -36,6 +48,7 @@ def run(options: argparse.Namespace) -> int:
         if holds_run(directory) and not (options.overwrite or options.resume):
             msg = f"{directory} holds a run already; add --overwrite or --resume, or name another."
             raise UsageError(msg)
+    make_directory(directory)
     try:
         with file.guard():
             outcome = optimize(
@@ -50,6 +63,8 @@ def run(options: argparse.Namespace) -> int:
                 resume=options.resume,
                 label=policy.text,
             )
+    except ResumeError as error:
+        raise UsageError(str(error).removeprefix("optimize: ")) from error
     except NonFiniteError as error:
         if options.quiet:  # else the progress has said it
             say(str(error))

@@ -1,6 +1,7 @@
 """Task files: from `FILE.py:NAME` and `--set` to tasks."""
 
 import ast
+import cmath
 import importlib.machinery
 import importlib.util
 import inspect
@@ -14,8 +15,10 @@ from typing import Any
 
 import pydantic
 
-from bilevel.cli.failure import TaskError, UsageError, nearest, show_traceback
+from bilevel.cli.failure import TaskError, UsageError, in_one_line, show_traceback
+from bilevel.outer.archive import ResumeError
 from bilevel.outer.optimize import NonFiniteError
+from bilevel.outer.suggestion import did_you_mean
 from bilevel.outer.task import Task
 
 _NAME = "task"
@@ -28,16 +31,20 @@ class TaskFile:
 
     - `target`: ``FILE.py`` or ``FILE.py:NAME``.
     - `settings`: arguments of the task's function as written, by name.
+    - `traceback`: whether what the file raises is shown with its whole traceback.
 
-    **Raises:** `UsageError` for a missing file, a file without the task, or an argument
-    that the function does not take; `TaskError` if the file raises, after showing the
-    traceback.
+    **Raises:** `UsageError` for a missing file, one that is no Python or imports what is
+    not there, a file without the task, or an argument that the function does not take;
+    `TaskError` if the file raises anything else, after showing the traceback.
     """
 
-    def __init__(self, target: str, settings: Sequence[tuple[str, str]] = ()):
+    def __init__(
+        self, target: str, settings: Sequence[tuple[str, str]] = (), *, traceback: bool = False
+    ):
         self.file, name = _split(target)
+        self._traceback = traceback
         with self.guard():
-            module = _load(self.file)
+            module = self._load()
         self._name = name or _only_name(module, self.file)
         self._found = _lookup(module, self._name, self.file)
         self._arguments = _arguments(self._found, self._name, settings)
@@ -64,11 +71,21 @@ class TaskFile:
         """Whatever the user's code raises is shown as its own traceback."""
         try:
             yield
-        except (UsageError, TaskError, NonFiniteError):
+        except (UsageError, TaskError, NonFiniteError, ResumeError):
             raise
         except (Exception, SystemExit) as error:
-            show_traceback(error, self.file)
+            show_traceback(error, self.file, whole=self._traceback)
             raise TaskError from error
+
+    def _load(self) -> types.ModuleType:
+        try:
+            return _load(self.file)
+        except (SyntaxError, ImportError) as error:
+            # Nothing of the file has gone wrong yet: it is the wrong file, or the wrong
+            # environment, and the line says all that a traceback would.
+            if self._traceback:
+                raise
+            raise UsageError(in_one_line(error, self.file)) from error
 
 
 def _split(target: str) -> tuple[Path, str | None]:
@@ -86,7 +103,7 @@ def _split(target: str) -> tuple[Path, str | None]:
         siblings = (
             [str(found) for found in path.parent.glob("*.py")] if path.parent.is_dir() else []
         )
-        near = nearest(str(path), siblings) if siblings else "."
+        near = did_you_mean(str(path), siblings) if siblings else "."
         msg = f"there is no file {path}{near if 'mean' in near else '.'}"
         raise UsageError(msg)
     return path, name
@@ -145,7 +162,7 @@ def _only_name(module: types.ModuleType, file: Path) -> str:
 
 def _lookup(module: types.ModuleType, name: str, file: Path) -> Any:
     if not hasattr(module, name):
-        msg = f"{file} has no {name!r}{nearest(name, _names(module))}"
+        msg = f"{file} has no {name!r}{did_you_mean(name, _names(module))}"
         raise UsageError(msg)
     found = getattr(module, name)
     if isinstance(found, Task) or (callable(found) and not isinstance(found, type)):
@@ -172,9 +189,13 @@ def _arguments(found: Any, name: str, settings: Sequence[tuple[str, str]]) -> di
     arguments: dict[str, Any] = {}
     for setting, written in settings:
         if setting not in parameters:
-            msg = f"{name} has no argument {setting!r}{nearest(setting, parameters)}"
+            msg = f"{name} has no argument {setting!r}{did_you_mean(setting, parameters)}"
             raise UsageError(msg)
         arguments[setting] = _typed(written, _type_of(found, parameters[setting]), setting)
+        # A NaN trains for hours to nothing; a default that is one says that it is meant.
+        if _all_finite(parameters[setting].default) and not _all_finite(arguments[setting]):
+            msg = f"--set {setting}={written}: {setting} should be finite."
+            raise UsageError(msg)
     missing = [
         parameter.name
         for parameter in parameters.values()
@@ -184,6 +205,14 @@ def _arguments(found: Any, name: str, settings: Sequence[tuple[str, str]]) -> di
         msg = f"{name} needs {', '.join(missing)}: give --set {missing[0]}=VALUE."
         raise UsageError(msg)
     return arguments
+
+
+def _all_finite(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_all_finite(part) for part in value.values())
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(_all_finite(part) for part in value)
+    return not isinstance(value, float | complex) or cmath.isfinite(value)
 
 
 def _type_of(function: Callable[..., Any], parameter: inspect.Parameter) -> Any:

@@ -1,13 +1,14 @@
 """What `run` and `compare` have in common: precision, directories, reports."""
 
 import argparse
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 from rich.console import Console
 
-from bilevel.cli.failure import UsageError
+from bilevel.cli.failure import UsageError, reason
 from bilevel.cli.taskfile import TaskFile
 from bilevel.outer.run import Run
 from bilevel.outer.task import Task
@@ -21,7 +22,7 @@ def load(options: argparse.Namespace) -> TaskFile:
     # Before the file runs, which may say otherwise.
     if options.x64 or options.float32:
         jax.config.update("jax_enable_x64", bool(options.x64))
-    return TaskFile(options.task, options.settings)
+    return TaskFile(options.task, options.settings, traceback=options.traceback)
 
 
 def check_trainable(task: Task, options: argparse.Namespace) -> None:
@@ -48,7 +49,11 @@ def directory_for(options: argparse.Namespace, name: str) -> Path | None:
         return None
     if options.directory is not None:
         directory: Path = options.directory
-        if directory.exists() and not directory.is_dir():
+        try:
+            taken = directory.exists() and not directory.is_dir()
+        except OSError as error:
+            raise UsageError(_unwritable(directory, error)) from error
+        if taken:
             msg = f"--directory {directory} is a file; name a directory."
             raise UsageError(msg)
         return directory
@@ -58,6 +63,29 @@ def directory_for(options: argparse.Namespace, name: str) -> Path | None:
         number += 1
         directory = ROOT / f"{slug}-{number}"
     return directory
+
+
+def make_directory(directory: Path | None) -> None:
+    """Make the directory of the results, before anything is computed that it should keep.
+
+    **Raises:** `UsageError` where nothing can be written to it.
+    """
+    if directory is None:
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        # What permissions say is not what a mounted or a virtual file system does.
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UsageError(_unwritable(directory, error)) from error
+
+
+def _unwritable(directory: Path, error: OSError) -> str:
+    return (
+        f"cannot write to the directory {directory}: {reason(error)}. Name another with "
+        "--directory, or keep nothing with --discard."
+    )
 
 
 def console() -> Console:

@@ -12,6 +12,7 @@ from bilevel.bound import BoundProblem
 from bilevel.budget import Budget
 from bilevel.closed import close, stopped
 from bilevel.estimator.base import Estimator, Record, Setting
+from bilevel.perturbation import along, is_zero, perturbed
 from bilevel.solution import Solution
 from bilevel.solver.base import IncompatibleError, InnerSolver
 from bilevel.solver.default_linear import default_linear_solver
@@ -162,7 +163,9 @@ def _attachment(static: Any) -> Any:
             closed, _ = eqx.combine(arrays, static)
             return closed.residual(value)
 
-        forcing = directional(residual, context.arrays, tangent.arrays)
+        forcing = None
+        if perturbed(tangent.arrays):
+            forcing = along(residual, context.arrays, tangent.arrays)
         record_dot = _linear_record(tangent.record, context.record)
         if forcing is None and record_dot is None:
             return value, vector.zeros_like(value)
@@ -177,13 +180,9 @@ def _attachment(static: Any) -> Any:
     return attach
 
 
-def _is_zero(leaf: Any) -> bool:
-    return isinstance(leaf, jax.custom_derivatives.SymbolicZero)
-
-
 def _moving(tangents: Any) -> list[Any]:
-    leaves = jax.tree.leaves(tangents, is_leaf=_is_zero)
-    return [leaf for leaf in leaves if not _is_zero(leaf)]
+    leaves = jax.tree.leaves(tangents, is_leaf=is_zero)
+    return [leaf for leaf in leaves if not is_zero(leaf)]
 
 
 def _linear_record(tangent: Record, record: Record) -> Record | None:
@@ -193,10 +192,10 @@ def _linear_record(tangent: Record, record: Record) -> Record | None:
         return None
     anchor = moving[0]
     return jax.tree.map(
-        lambda direction, leaf: _depending(anchor, leaf) if _is_zero(direction) else direction,
+        lambda direction, leaf: _depending(anchor, leaf) if is_zero(direction) else direction,
         tangent,
         record,
-        is_leaf=_is_zero,
+        is_leaf=is_zero,
     )
 
 
@@ -204,26 +203,6 @@ def _depending(anchor: Array, like: Array) -> Array:
     """Zeros that depend linearly on the anchor, with a transpose that is zero even for NaN."""
     none = jnp.where(False, jnp.sum(anchor).real, 0.0)
     return jnp.broadcast_to(none, like.shape).astype(like.dtype)
-
-
-def directional(function: Any, arrays: Any, tangents: Any) -> Any:
-    """∂ function · tangents over the perturbed leaves alone: a constant matrix costs nothing.
-
-    **Returns:** the derivative, or `None` where no leaf is perturbed.
-    """
-    leaves, treedef = jax.tree.flatten(arrays)
-    directions = jax.tree.leaves(tangents, is_leaf=_is_zero)
-    moving = [i for i, direction in enumerate(directions) if not _is_zero(direction)]
-    if not moving:
-        return None
-
-    def moved(parts: list[Array]) -> Any:
-        merged = list(leaves)
-        for index, part in zip(moving, parts, strict=True):
-            merged[index] = part
-        return function(jax.tree.unflatten(treedef, merged))
-
-    return jax.jvp(moved, ([leaves[i] for i in moving],), ([directions[i] for i in moving],))[1]
 
 
 def _linear_solve(

@@ -14,6 +14,7 @@ from bilevel.closed import stopped
 from bilevel.estimator.base import Estimator, Record, Setting, no_adjoint
 from bilevel.forward_only import forward_only
 from bilevel.perturbation import with_derivative_of
+from bilevel.reverse_only import reverse_only
 from bilevel.solution import Solution
 from bilevel.solver.checkpointing import (
     Layout,
@@ -36,6 +37,11 @@ STORED_BYTES = 256 * 2**20
 _NO_REVERSE = (
     "Unrolled(mode='forward') is for jax.jvp, jax.jacfwd and bl.hypergradient; jax.grad and "
     "jax.jacrev need reverse mode. Use Unrolled(), or jax.jacfwd."
+)
+_NO_FORWARD = (
+    "Unrolled: jax.jvp, jax.jacfwd and jax.linearize need forward mode, and Unrolled() goes "
+    "backward through its checkpoints. Use Unrolled(mode='forward'), or jax.grad, jax.vjp or "
+    "jax.jacrev; Implicit() goes through both modes."
 )
 _NO_SECOND_REVERSE = (
     "Unrolled: the derivative of its gradient needs forward mode over reverse mode, as in "
@@ -139,6 +145,7 @@ class Unrolled(Estimator):
             )
         else:
             closed = close_iteration(iteration, state, residual)
+            closed, state, residual = reverse_only((closed, state, residual), _NO_FORWARD)
             differentiable = _reverse(self, history)
             final, solution = differentiable(closed, state, residual, budget, record)
         solution, value = stopped(solution), solver.value(final)
@@ -163,19 +170,16 @@ def _reverse(options: Unrolled, history: int) -> Any:
     def differentiable(iteration: Iteration, *rest: Any) -> Any:
         arrays, static = eqx.partition(iteration, eqx.is_array)
 
+        def driven(*start: Any, recorder: Recorder | None = None) -> tuple[Any, Solution, Any]:
+            return drive(
+                *start, history=history, limit=plan.cap, differentiated=True, recorder=recorder
+            )
+
         @jax.custom_vjp
         def solve(arrays: Any, state: Any, residual: Any, budget: Any, record: Any) -> Any:
             del record
             iteration = eqx.combine(arrays, static)
-            final, solution, _ = drive(
-                iteration,
-                state,
-                residual,
-                budget,
-                history=history,
-                limit=plan.cap,
-                differentiated=True,
-            )
+            final, solution, _ = driven(iteration, state, residual, budget)
             return final, solution
 
         def forward(arrays: Any, *rest: Any) -> Any:
@@ -191,16 +195,7 @@ def _reverse(options: Unrolled, history: int) -> Any:
             iteration = eqx.combine(values, static)
             linearization = linearize(iteration, perturbed, state)
             recorder = _recorder(options, plan, linearization, state)
-            final, solution, store = drive(
-                iteration,
-                state,
-                residual,
-                budget,
-                history=history,
-                limit=plan.cap,
-                differentiated=True,
-                recorder=recorder,
-            )
+            final, solution, store = driven(iteration, state, residual, budget, recorder=recorder)
             kept = (values, state, store, solution, record, _Static(perturbed))
             return (final, solution), kept
 

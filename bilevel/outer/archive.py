@@ -4,9 +4,11 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 from jaxtyping import PyTree
 
-from bilevel.outer.checkpoint import load_arrays, save_arrays
+from bilevel.outer.checkpoint import fitted, read_arrays, save_arrays
+from bilevel.outer.fingerprint import differences, some
 from bilevel.outer.history import History, HistoryWriter, Record
 from bilevel.outer.run import (
     CHECKPOINT_FILE,
@@ -19,16 +21,25 @@ from bilevel.outer.run import (
 _SECONDS_BETWEEN_CHECKPOINTS = 60.0
 
 
+_FINGERPRINT = "begun_with"
+
+
+class ResumeError(ValueError):
+    """A run cannot be gone on with: its files are damaged, or it is a run of something else."""
+
+
 class Archive:
     """Keeps a run: each record at once, a checkpoint every minute and at the end.
 
     **Arguments:**
 
     - `directory`: made if it does not exist; `None` keeps nothing.
+    - `begun_with`: fingerprint of the run, kept with every checkpoint.
     """
 
-    def __init__(self, directory: Path | None):
+    def __init__(self, directory: Path | None, begun_with: dict[str, str]):
         self.directory = directory
+        self._begun_with = begun_with
         self._writer: HistoryWriter | None = None
         self._state: PyTree = None
         self._saved = time.monotonic()
@@ -67,29 +78,51 @@ class Archive:
         run.save(self.directory)
         self._save_checkpoint()
 
-    def restore(self, like: PyTree, seed: int) -> tuple[PyTree, History]:
+    def restore(self, like: PyTree) -> tuple[PyTree, History]:
         """The last checkpoint, and the records up to it.
 
         **Arguments:**
 
         - `like`: a state of the same structure, with an `epoch`.
-        - `seed`: that the run goes on with.
 
-        **Raises:** `ValueError` if the checkpoint is of another task, optimizer, controller
-        or seed.
+        **Raises:** [`ResumeError`][] if the run was begun with something else, so far as
+        that can be seen, or if its files cannot be read.
         """
         assert self.directory is not None
-        summary = self.directory / SUMMARY_FILE
-        if summary.is_file():
-            earlier = json.loads(summary.read_text(encoding="utf-8")).get("seed", seed)
-            if earlier != seed:
-                msg = f"optimize: {self.directory} was begun with seed={earlier}, got seed={seed}."
-                raise ValueError(msg)
-        state = load_arrays(self.directory / CHECKPOINT_FILE, like)
-        history = History.read(self.directory / HISTORY_FILE)
-        return state, history[: int(state["epoch"]) + 1]
+        try:
+            arrays = read_arrays(self.directory / CHECKPOINT_FILE)
+            self._compare(arrays.pop(_FINGERPRINT, None))
+            state = fitted(self.directory / CHECKPOINT_FILE, arrays, like)
+            history = History.read(self.directory / HISTORY_FILE)
+        except ResumeError:
+            raise
+        except (OSError, ValueError) as error:
+            msg = f"optimize: cannot go on with the run in {self.directory}: {error}"
+            raise ResumeError(msg) from error
+        kept, epoch = history[: int(state["epoch"]) + 1], int(state["epoch"])
+        if not kept or kept[-1].epoch != epoch:
+            msg = (
+                f"optimize: cannot go on with the run in {self.directory}: its checkpoint is of "
+                f"epoch {epoch}, which its {HISTORY_FILE} does not hold."
+            )
+            raise ResumeError(msg)
+        return state, kept
+
+    def _compare(self, stored: np.ndarray | None) -> None:
+        if stored is None:
+            different = [f"{CHECKPOINT_FILE} does not say what the run was begun with"]
+        else:
+            different = differences(json.loads(stored.tobytes()), self._begun_with)
+        if different:
+            msg = (
+                f"optimize: {self.directory} holds a run of something else: {some(different)}. Go "
+                "on with what it was begun with, or begin anew in another directory."
+            )
+            raise ResumeError(msg)
 
     def _save_checkpoint(self) -> None:
         if self.directory is not None and self._state is not None:
-            save_arrays(self.directory / CHECKPOINT_FILE, self._state)
+            begun_with = np.frombuffer(json.dumps(self._begun_with).encode(), np.uint8)
+            # One file, so that a state is never read with the fingerprint of another run.
+            save_arrays(self.directory / CHECKPOINT_FILE, {**self._state, _FINGERPRINT: begun_with})
             self._saved = time.monotonic()

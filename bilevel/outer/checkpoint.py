@@ -51,13 +51,18 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     **Raises:** `FileNotFoundError`; `ValueError` for a file that is no such archive.
     """
     arrays: dict[str, np.ndarray] = {}
+    if not zipfile.is_zipfile(path):
+        # NumPy would take it for a pickle, and say how to open it as one.
+        Path(path).stat()
+        msg = f"{path} is no archive of arrays that bilevel wrote."
+        raise ValueError(msg)
     try:
         with np.load(path, allow_pickle=False) as archive:
             for stored in archive.files:
                 name, _, dtype = stored.partition(_TAG)
                 array = archive[stored]
                 arrays[name] = array.view(jnp.dtype(dtype)) if dtype else array
-    except (zipfile.BadZipFile, ValueError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
         msg = f"{path} is no archive of arrays that bilevel wrote: {error}"
         raise ValueError(msg) from error
     return arrays
@@ -76,7 +81,14 @@ def load_arrays(path: str | os.PathLike[str], like: PyTree) -> PyTree:
 
     **Raises:** `ValueError` naming the leaves that differ.
     """
-    arrays = read_arrays(path)
+    return fitted(path, read_arrays(path), like)
+
+
+def fitted(path: object, arrays: dict[str, np.ndarray], like: PyTree) -> PyTree:
+    """The arrays of an archive, read already, in the structure they were written from.
+
+    **Raises:** `ValueError` naming the leaves that differ, and the `path`.
+    """
     expected = named_arrays(like)
     missing = [name for name in expected if name not in arrays]
     surplus = [name for name in arrays if name not in expected]
@@ -90,7 +102,7 @@ def load_arrays(path: str | os.PathLike[str], like: PyTree) -> PyTree:
     restored = {name: _restore(path, name, arrays[name], leaf) for name, leaf in expected.items()}
     leaves, structure = jax.tree.flatten(like)
     values = iter(restored.values())
-    return structure.unflatten([next(values) if _is_array(leaf) else leaf for leaf in leaves])
+    return structure.unflatten([next(values) if is_array(leaf) else leaf for leaf in leaves])
 
 
 def named_arrays(tree: PyTree) -> dict[str, Any]:
@@ -98,7 +110,7 @@ def named_arrays(tree: PyTree) -> dict[str, Any]:
     found = [
         (path, leaf)
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-        if _is_array(leaf)
+        if is_array(leaf)
     ]
     names = [jax.tree_util.keystr(path, simple=True, separator="/") or ROOT for path, _ in found]
     if any(count > 1 for count in Counter(names).values()):
@@ -107,7 +119,8 @@ def named_arrays(tree: PyTree) -> dict[str, Any]:
     return {name: leaf for name, (_, leaf) in zip(names, found, strict=True)}
 
 
-def _is_array(leaf: Any) -> bool:
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array of JAX or NumPy, scalars of NumPy included."""
     return isinstance(leaf, jax.Array | np.ndarray | np.generic)
 
 

@@ -54,6 +54,8 @@ class Control:
         # Bound once: a method of an equinox module costs tens of microseconds to look up.
         self._begin, self._decide = controller.init, controller.update
         self._look_up = controller.fidelity
+        self._object = getattr(controller, "objection", None)
+        self._name = type(controller).__name__
         self._measures_error = measures_error
         # A rule that reads the metric gets the one before training; one that reads the
         # gradient has nothing to read yet, and one that counts has nothing to count.
@@ -81,6 +83,19 @@ class Control:
         """How many measurements the controller could not use; `None` if it does not count."""
         count = getattr(self.state, "rejected", None)
         return None if count is None else int(count)
+
+    def objection(self, metric: np.generic | float | None) -> str | None:
+        """What the controller has against the measurements it has been given; `None` if nothing."""
+        if self._object is not None and metric is not None:
+            words = self._object(float(metric))
+            if words is not None:
+                return f"{self._name}: {words}"
+        if self.rejected:
+            return (
+                f"{self._name} could not use what was measured (NaN, infinite or of the wrong "
+                "sign) and holds its level."
+            )
+        return None
 
     def prepare(self, metric: Any) -> Fidelity | None:
         """Compile before the first metric is there.
@@ -177,7 +192,7 @@ class Control:
         after = self._decide(state, metric, gradient_norm=gradient_norm, error=error)
         if not self._takes_first:
             after = _where(first, begun, after)
-        after = jax.tree.map(_strong, after)
+        after = jax.tree.map(strong, after)
         return after, uniform(self._look_up(after)) if self._traceable else None
 
 
@@ -215,8 +230,9 @@ def _plain(leaf: Any) -> Any:
     return xp.asarray(leaf, np.int32 if whole else jnp.result_type(float))
 
 
-def _strong(leaf: Any) -> Array:
-    return jnp.asarray(leaf, jnp.result_type(leaf))
+def strong(leaf: Any) -> Array:
+    """The same array without a weak type, which would compile anew."""
+    return jnp.asarray(leaf, leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf))
 
 
 def _number(value: Any, real: Any) -> Any:

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bilevel.outer import text
+from bilevel.outer.suggestion import did_you_mean
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,7 +139,7 @@ class History(Sequence[Record]):
         **Raises:** `KeyError` naming the nearest field for an unknown one.
         """
         if name not in FIELDS and name != "work":
-            msg = f"History: no column {name!r}{text.did_you_mean(name, (*FIELDS, 'work'))}"
+            msg = f"History: no column {name!r}{did_you_mean(name, (*FIELDS, 'work'))}"
             raise KeyError(msg)
         values = [getattr(record, name) for record in self._records]
         return np.array([math.nan if value is None else value for value in values], dtype=float)
@@ -189,7 +190,11 @@ class History(Sequence[Record]):
 
         **Raises:** `FileNotFoundError`; `ValueError` with the number of a bad line.
         """
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        try:
+            lines = Path(path).read_text(encoding="utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            msg = f"{path}: not a bilevel history: {error}"
+            raise ValueError(msg) from error
         records: list[Record] = []
         for number, line in enumerate(lines, start=1):
             if not line.strip():

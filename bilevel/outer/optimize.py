@@ -85,12 +85,16 @@ def optimize(
         run is given up. Each is skipped, counted and said.
     - `overwrite`: whether a run in `directory` may be replaced.
     - `resume`: whether to go on with the run in `directory`, from its last checkpoint;
-        the result is the same as without the break.
+        the result is the same as without the break. Refused where the seed, the batches'
+        shapes, or the numbers in the optimizer, the controller, the ladder or the loss's own
+        closure have changed; the code of the functions and what stands in arrays, globals and
+        objects cannot be compared and must be the same.
     - `label`: name of the run in tables and files; the controller's class by default.
 
     **Returns:** the run: parameters, history, summary.
 
-    **Raises:** [`NonFiniteError`][] when the run is given up; `FileExistsError` if the
+    **Raises:** [`NonFiniteError`][] when the run is given up; `ResumeError`, a
+    `ValueError`, if the run in `directory` was begun with something else; `FileExistsError` if the
     directory holds a run; `TypeError` or `ValueError` naming the argument; what the task's
     own functions raise, after saving what was done.
 
@@ -140,6 +144,9 @@ def optimize(
 
 def _guarded(training: Training) -> Run:
     """Train, and keep what was done however it ends."""
+    if training.resumes:
+        # A refusal comes before anything of this run is kept or said.
+        training.restore()
     try:
         training.go()
     except KeyboardInterrupt:

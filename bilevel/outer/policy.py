@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
-from bilevel.outer import text
+from bilevel.outer.suggestion import did_you_mean
 
 SYNTAX = {
     "full": "full",
@@ -75,7 +75,7 @@ def parse_policy(written: str) -> Policy:
     written = written.strip()
     kind, separator, argument = written.partition("=")
     if kind not in SYNTAX:
-        msg = f"policy {written!r} is unknown{text.did_you_mean(kind, SYNTAX)}"
+        msg = f"policy {written!r} is unknown{did_you_mean(kind, SYNTAX)}"
         raise ValueError(msg)
     parser = _PARSERS.get(kind)
     if parser is None:
@@ -132,7 +132,7 @@ def _schedule(written: str, argument: str) -> Policy:
 
 def _hoag(written: str, argument: str) -> Policy:
     if argument not in _SEQUENCES:
-        hint = text.did_you_mean(argument, _SEQUENCES)
+        hint = did_you_mean(argument, _SEQUENCES)
         msg = f"policy {written!r}: there is no sequence {argument!r}{hint}"
         raise ValueError(msg)
     return Policy(written, "hoag", sequence=argument)

@@ -102,7 +102,9 @@ class Summary:
         names = {field.name for field in dataclasses.fields(cls)}
         missing = names - set(stored if isinstance(stored, dict) else ())
         if missing:
-            msg = f"not a summary of a bilevel run, {', '.join(sorted(missing))} missing"
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            named = f"{', '.join(sorted(missing)[:3])}{more}"
+            msg = f"not a summary of a bilevel run, {named} missing"
             raise ValueError(msg)
         return cls(**{name: decode_number(stored[name]) for name in names})
 

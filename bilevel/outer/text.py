@@ -1,28 +1,12 @@
 """How names and numbers are put before a reader."""
 
-import difflib
 import math
-from collections.abc import Iterable
 
 from rich import box
 from rich.table import Table
 
 NOTHING = "–"
 """What a table shows where there is no value."""
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The rest of a sentence about an unknown name: the nearest known one, or all.
-
-    >>> did_you_mean("epoch", ["epochs", "seed"])
-    '; did you mean epochs?'
-    >>> did_you_mean("z", ["epochs", "seed"])
-    '; known: epochs, seed.'
-    """
-    names = list(known)
-    if near := difflib.get_close_matches(name, names, n=1):
-        return f"; did you mean {near[0]}?"
-    return f"; known: {', '.join(names)}." if names else "; there is none."
 
 
 def number(value: float | None) -> str:

@@ -3,22 +3,25 @@
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
 from bilevel.outer.archive import Archive
 from bilevel.outer.callbacks import Callback, Event
-from bilevel.outer.control import Control
+from bilevel.outer.checkpoint import is_array
+from bilevel.outer.control import Control, strong
 from bilevel.outer.executable import Executable
+from bilevel.outer.fingerprint import fingerprint
 from bilevel.outer.history import History, Record
-from bilevel.outer.progress import Reporter, batches_in
+from bilevel.outer.metric import real_number, widened
+from bilevel.outer.progress import Reporter, Silence, batches_in
 from bilevel.outer.run import Run, summarize
 from bilevel.outer.settings import LoopSettings
 from bilevel.outer.tally import Tally
@@ -58,9 +61,9 @@ class Training:
         trained, self._static = eqx.partition(task.parameters, eqx.is_inexact_array)
         # Strongly typed from the start: what comes out of the update is, and a weakly typed
         # beginning would compile twice.
-        self._trained: PyTree = jax.tree.map(_strong, trained)
-        state, self._optimizer_static = eqx.partition(optimizer.init(self._trained), _is_array)
-        self._optimizer_state: PyTree = jax.tree.map(_strong, state)
+        self._trained: PyTree = jax.tree.map(strong, trained)
+        state, self._optimizer_static = eqx.partition(optimizer.init(self._trained), is_array)
+        self._optimizer_state: PyTree = jax.tree.map(strong, state)
 
         self._control = Control(
             controller,
@@ -72,7 +75,8 @@ class Training:
 
         self._tally = Tally()
         self._history = History()
-        self._archive = Archive(settings.directory)
+        begun_with = fingerprint(task, optimizer, controller, settings.seed)
+        self._archive = Archive(settings.directory, begun_with)
         self._batches: Iterator[Any] | None = None
         self._epoch = self._batch = 0
         self._work: int | None = None
@@ -81,11 +85,17 @@ class Training:
         self._elapsed_before = self._compiled_before = 0.0
         self._compiled_at_record = 0.0
         self._stop_reason: str | None = None
+        self._objected = False
 
     @property
     def stop_reason(self) -> str | None:
         """Why a callback stopped it; `None` if none did."""
         return self._stop_reason
+
+    @property
+    def resumes(self) -> bool:
+        """Whether it goes on with a run that its directory holds."""
+        return self._settings.resume
 
     @property
     def place(self) -> str:
@@ -99,8 +109,6 @@ class Training:
     def go(self) -> None:
         """Train until the last epoch, or until a callback stops it."""
         self._started = time.perf_counter()
-        if self._settings.resume:
-            self._restore()
         self._progress.start(
             f"{self._task.name}, {self._label}",
             self._settings.epochs,
@@ -113,6 +121,7 @@ class Training:
             seconds = self._validate()
             self._control.start(self._metric)
             self._record(validation_seconds=seconds)
+            self._object()
         self._call(lambda callback, event: callback.start(event))
         while self._epoch < self._settings.epochs and self._stop_reason is None:
             self._train_epoch()
@@ -161,7 +170,7 @@ class Training:
             return  # its dtype is not known before it is called
         if getattr(metric, "shape", None) != ():
             return  # refused when it is measured
-        fidelity = self._control.prepare(_widened(metric))
+        fidelity = self._control.prepare(widened(metric))
         if fidelity is not None and self._epoch < self._settings.epochs:
             self._batches = self._task.epoch_batches(self._epoch + 1, self._key)
             first = next(self._batches)
@@ -204,6 +213,21 @@ class Training:
             **spent,
             **self._tally.numbers(),
         )
+        self._object()
+
+    def _object(self) -> None:
+        """Say, once, that the controller has been given what it cannot use."""
+        # A metric that has come down to zero has nothing left to refine for.
+        if self._objected or (self._epoch and self._metric == 0):
+            return
+        objection = self._control.objection(self._metric)
+        if objection is None:
+            return
+        self._objected = True
+        message = f"{'epoch ' + str(self._epoch) if self._epoch else 'at the start'}: {objection}"
+        self._progress.note(message)
+        if isinstance(self._progress, Silence):
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     def _validate(self) -> float:
         """Measure the metric; the wall time it took, without compilation."""
@@ -214,7 +238,7 @@ class Training:
         value = (
             validate(self._theta) if self._validation is None else self._validation(self._trained)
         )
-        self._metric = _real_number(value)
+        self._metric = real_number(value)
         return watch()
 
     def _record(self, **fields: Any) -> None:
@@ -288,9 +312,13 @@ class Training:
             "epoch": np.asarray(self._epoch),
         }
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """Take up the run in the directory where its last checkpoint left it.
+
+        **Raises:** `ResumeError`.
+        """
         self._control.state = self._control.blank
-        state, self._history = self._archive.restore(self._state(), self._settings.seed)
+        state, self._history = self._archive.restore(self._state())
         self._trained, self._optimizer_state = state["trained"], state["optimizer"]
         self._control.restore(state["controller"])
         self._epoch = int(state["epoch"])
@@ -324,7 +352,7 @@ class Training:
         def outer_update(trained: PyTree, state: PyTree, batch: Any, fidelity: Fidelity) -> Any:
             whole = eqx.combine(state, self._optimizer_static)
             trained, whole, report = update(trained, whole, batch, fidelity)
-            return trained, eqx.filter(whole, _is_array), report
+            return trained, eqx.filter(whole, is_array), report
 
         return outer_update
 
@@ -359,35 +387,7 @@ def limits(fidelity: Fidelity) -> dict[str, float | int | None]:
     return fields
 
 
-def _real_number(value: Any) -> np.generic | float:
-    """The metric on the host: float32 and float64 as they are, anything else as a float."""
-    number: Any = np.asarray(value)[()] if isinstance(value, jax.Array) else value
-    if isinstance(number, np.floating) and number.dtype.itemsize in (4, 8):
-        return number
-    if not isinstance(number, str | bytes):
-        try:
-            if np.shape(number) == () and not np.iscomplexobj(number):
-                return float(number)
-        except (TypeError, ValueError):
-            pass
-    msg = f"Task: validate should return one real number, got {value!r}. Reduce it, or take .real."
-    raise TypeError(msg)
-
-
-def _widened(metric: Any) -> Any:
-    """Shape and dtype of a metric as `_real_number` leaves it."""
-    return metric if metric.dtype in (jnp.float32, jnp.float64) else math.nan
-
-
 def _device(tree: PyTree) -> str:
     devices = sorted(jax.tree.leaves(tree)[0].devices(), key=lambda device: device.id)
     count = "" if len(devices) == 1 else f"{len(devices)} × "
     return f"{count}{devices[0].device_kind}"
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
-
-
-def _strong(leaf: Any) -> jax.Array:
-    return jnp.asarray(leaf, leaf.dtype)

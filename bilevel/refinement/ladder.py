@@ -1,29 +1,25 @@
 """Ladder: fidelities in order, coarse to fine."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Int
 from pydantic import Field
 
 from bilevel.budget import UNLIMITED, Budget
 from bilevel.refinement.arguments import Cap, Count, Growth, Reduction, Schedule, Tolerance, checked
-from bilevel.refinement.columns import Columns, looked_up
+from bilevel.refinement.columns import Columns
 from bilevel.refinement.fidelity import Fidelity, as_fidelity
-from bilevel.refinement.level import placed
+from bilevel.refinement.lookup import fidelity_at
 from bilevel.refinement.namespace import AnyArray
-from bilevel.refinement.sequence import Arithmetic, Formula, Number, Table
+from bilevel.refinement.order import require_order, require_rising
+from bilevel.refinement.sequence import Arithmetic, Formula, Table
 from bilevel.refinement.static import StaticParts
 
 _LONGEST_LIST = 100_000
-_KEPT = 4096
 
 
 class Ladder(eqx.Module):
@@ -69,7 +65,7 @@ class Ladder(eqx.Module):
         >>> [int(f.budget.iterations) for f in Ladder.iterations(start=1, step=4, stop=10)]
         [1, 5, 9, 10]
         """
-        _ordered("Ladder.iterations", start, stop, upwards=True)
+        require_order("Ladder.iterations", start, stop, upwards=True)
         counts = Arithmetic(start, step, stop)
         columns = Columns(counts, Table((0.0,)), Table((0.0,)))
         return cls(columns, columns)
@@ -92,7 +88,7 @@ class Ladder(eqx.Module):
         >>> [int(f.budget.iterations) for f in Ladder.geometric(start=2, factor=2.0, stop=20)]
         [2, 4, 8, 16, 20]
         """
-        _ordered("Ladder.geometric", start, stop, upwards=True)
+        require_order("Ladder.geometric", start, stop, upwards=True)
         counts = [start]
         exact = float(start)
         while counts[-1] < stop:
@@ -131,7 +127,7 @@ class Ladder(eqx.Module):
         >>> [round(float(f.budget.rtol), 6) for f in Ladder.tolerances(0.1, 0.1, 1e-4)]
         [0.1, 0.01, 0.001, 0.0001]
         """
-        _ordered("Ladder.tolerances", start, stop, upwards=False)
+        require_order("Ladder.tolerances", start, stop, upwards=False)
         # A ratio that is a whole power but for rounding adds no level of its own.
         steps = max(math.ceil(math.log(stop / start) / math.log(factor) - 1e-9), 0)
         _bounded("Ladder.tolerances", steps + 1)
@@ -188,8 +184,9 @@ class Ladder(eqx.Module):
 
         **Returns:** the ladder.
 
-        **Raises:** `ValueError` for an empty list, or adjoint budgets at some levels only;
-        `TypeError` for what is no fidelity, or is traced.
+        **Raises:** `ValueError` for an empty list, adjoint budgets at some levels only, or a
+        level coarser than the one before (none of its caps larger, none of its tolerances
+        tighter); `TypeError` for what is no fidelity, or is traced.
 
         >>> ladder = Ladder.of([Budget(5, rtol=1e-2), Budget(50, rtol=1e-6)])
         >>> float(ladder.fidelity(1).adjoint_budget.iterations)
@@ -206,11 +203,10 @@ class Ladder(eqx.Module):
                 f"{len(adjoint)} of {len(listed)}."
             )
             raise ValueError(msg)
-        return cls(
-            Columns.of_budgets([f.budget for f in listed]),
-            Columns.of_budgets(adjoint) if adjoint else None,
-            StaticParts.of([f.static for f in listed]),
-        )
+        primal = Columns.of_budgets([f.budget for f in listed])
+        adjoint = Columns.of_budgets(adjoint) if adjoint else None
+        require_rising("Ladder.of", listed)
+        return cls(primal, adjoint, StaticParts.of([f.static for f in listed]))
 
     def with_tolerances(self, other: "Ladder | Budget") -> "Ladder":
         """The same iteration counts, with the tolerances of another ladder.
@@ -378,15 +374,6 @@ def _as_ladder(owner: str, name: str, other: object) -> Ladder:
     raise TypeError(msg)
 
 
-def _ordered(owner: str, start: Number, stop: Number, *, upwards: bool) -> None:
-    if (start > stop) if upwards else (start < stop):
-        msg = (
-            f"{owner}: levels go from coarse to fine, got start {start} finer than stop {stop}. "
-            f"Swap the two."
-        )
-        raise ValueError(msg)
-
-
 def _bounded(owner: str, levels: int) -> None:
     if levels > _LONGEST_LIST:
         msg = (
@@ -394,36 +381,3 @@ def _bounded(owner: str, levels: int) -> None:
             f"Use a larger step between levels."
         )
         raise ValueError(msg)
-
-
-def fidelity_at(
-    ladder: Ladder,
-    level: Int[AnyArray, "..."] | int,
-    adjoint_level: Int[AnyArray, "..."] | int | None = None,
-) -> Fidelity:
-    """`Ladder.fidelity`, without what it costs to look up a method of a module."""
-    # A static part is chosen by the host, which therefore has to know the level.
-    concrete, count = not ladder.has_one_shape, len(ladder)
-    place = placed("level", level, count, concrete=concrete)
-    other = place
-    if adjoint_level is not None:
-        other = placed("adjoint_level", adjoint_level, count, concrete=concrete)
-    static = ladder.static.at(place)
-    if isinstance(place, int) and isinstance(other, int):
-        return _kept(ladder, place, other, jnp.result_type(float))
-    budget, adjoint, position = looked_up(
-        ladder.primal, ladder.adjoint, count, jnp.asarray(place), jnp.asarray(other)
-    )
-    return Fidelity(budget, adjoint, position, static=static)
-
-
-@functools.lru_cache(maxsize=_KEPT)
-def _kept(ladder: Ladder, level: int, adjoint_level: int, real: Any) -> Fidelity:
-    """The fidelity of a level on the host, put together once: a loop asks every epoch."""
-    del real  # the default float is part of the key
-    adjoint = None if ladder.adjoint is None else ladder.adjoint.at(adjoint_level)
-    place: Any = np.asarray(level, np.int32)
-    fidelity = Fidelity(ladder.primal.at(level), adjoint, place, static=ladder.static.at(level))
-    for leaf in jax.tree.leaves(fidelity):
-        leaf.flags.writeable = False
-    return fidelity

@@ -1,5 +1,6 @@
 """ProgressiveRefinement: refine where training has come to a stand."""
 
+import math
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import equinox as eqx
@@ -10,7 +11,8 @@ from pydantic import Field
 
 from bilevel.refinement.arguments import checked
 from bilevel.refinement.fidelity import Fidelity
-from bilevel.refinement.ladder import Ladder, fidelity_at
+from bilevel.refinement.ladder import Ladder
+from bilevel.refinement.lookup import fidelity_at
 from bilevel.refinement.measurement import measured, saturating_increment
 from bilevel.refinement.namespace import AnyArray, Namespace, decided
 
@@ -58,7 +60,9 @@ class ProgressiveRefinement(eqx.Module):
 
     An entry that is NaN, infinite or negative has no place in a ratio.  It is left out
     of the average as if it had not come, the level is held, and `state.rejected` counts
-    it.
+    it; `bl.optimize` says so once, in the words of `objection`.  A metric of which no
+    entry is positive never refines: give an error in place of a score or of a
+    log-likelihood, or take `ScheduledFidelity` or `ErrorControlled`, which read no ratio.
 
     **Arguments:**
 
@@ -175,6 +179,22 @@ class ProgressiveRefinement(eqx.Module):
             len(self.ladder) - 1,
         )
         return _taken(rule, state, entry)
+
+    def objection(self, metric: float) -> str | None:
+        """What the rule has against a metric, in a sentence; `None` if it can use it.
+
+        >>> controller = ProgressiveRefinement(Ladder.iterations())
+        >>> controller.objection(-3.0)
+        'the metric is -3, and the rule, which compares ratios, can refine only on a positive ...
+        """
+        if math.isfinite(metric) and metric > 0:
+            return None
+        return (
+            f"the metric is {metric:.4g}, and the rule, which compares ratios, can refine only on "
+            "a positive one that is smaller where it is better; until there is one the level is "
+            "held. Validate an error rather than a score, or take bl.ScheduledFidelity or "
+            "bl.ErrorControlled."
+        )
 
     def fidelity(self, state: ProgressiveState) -> Fidelity:
         """The fidelity of the state's level."""

@@ -16,7 +16,8 @@ from pydantic import Field
 
 from bilevel.refinement.arguments import Reduction, Schedule, Tolerance, checked
 from bilevel.refinement.fidelity import Fidelity
-from bilevel.refinement.ladder import Ladder, fidelity_at
+from bilevel.refinement.ladder import Ladder
+from bilevel.refinement.lookup import fidelity_at
 from bilevel.refinement.measurement import measured, saturating_increment
 from bilevel.refinement.namespace import AnyArray, Namespace, decided, on_host
 

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,22 +12,23 @@ from jaxtyping import Array, PyTree
 from bilevel import vector
 from bilevel.budget import Budget
 from bilevel.estimator.base import Estimator
+from bilevel.forward_only import has_forward_only
 from bilevel.inner_solve import as_vector, solve
 from bilevel.probe import Probe
 from bilevel.problem import as_inner_problem
-from bilevel.solver.base import InnerSolver, default_tolerance
+from bilevel.reverse_only import has_reverse_only
+from bilevel.solver.base import InnerSolver
 from bilevel.solver.default import default_solver
 from bilevel.testing.captured_problem import CapturedProblem
 from bilevel.testing.conformance import Checklist, flat_norm, relative_error
 from bilevel.testing.counting import CountedProblem, TraceCounter
 from bilevel.testing.inner_problem import bilinear, depends_on_theta, number, rounding
+from bilevel.testing.precision import check_single_precision
 from bilevel.testing.sample import (
     all_nan,
     inexact,
     random_like,
-    single_precision,
     stack,
-    stays_single,
     with_inexact,
 )
 from bilevel.testing.subject import Subject
@@ -141,8 +141,8 @@ def _has_reverse_mode(subject: Subject) -> bool:
             lambda m: subject.gradient(m, subject.x0, subject.budget, subject.adjoint_budget)[1],
             inexact(subject.theta),
         )
-    except ValueError as error:
-        if "everse-mode" not in str(error):
+    except (TypeError, ValueError) as error:
+        if not has_forward_only(error):
             raise
         return False
     return True
@@ -195,7 +195,7 @@ def _check_reverse(
         checklist.hold("NaN in theta")
     _vmapped(checklist, subject, compiled, tolerance)
     _captured(checklist, subject, gradient, tolerance)
-    _single_precision(checklist, subject)
+    check_single_precision(checklist, subject)
 
 
 def _check_gradient(
@@ -250,7 +250,7 @@ def _duality(checklist: Checklist, subject: Subject, gradient: PyTree, tolerance
     try:
         forward = jax.jit(lambda m, v: jax.jvp(_loss(subject), (m,), (v,))[1])(moving, direction)
     except TypeError as error:
-        if "custom_vjp" not in str(error):
+        if not has_reverse_only(error):
             raise
         return  # of reverse mode alone, as unrolling is
     left, right = bilinear(gradient, direction), complex(forward)
@@ -379,35 +379,3 @@ def _captured(checklist: Checklist, subject: Subject, gradient: PyTree, toleranc
     )
     checklist.require_close("captured theta", gradient, got, tolerance, advice)
     checklist.hold("captured theta")
-
-
-def _single_precision(checklist: Checklist, subject: Subject) -> None:
-    parts = (subject.solver, subject.estimator, subject.problem, subject.theta, subject.x0)
-    solver, estimator, problem, theta, x0 = single_precision(parts)
-    name = "float32 stays float32"
-    if not stays_single(problem, theta, x0):
-        return
-    adjoint_budget = subject.adjoint_budget
-    narrow = dataclasses.replace(
-        subject,
-        solver=solver,
-        estimator=estimator,
-        problem=problem,
-        theta=theta,
-        x0=x0,
-        budget=_loosened(subject.budget, x0),
-        adjoint_budget=None if adjoint_budget is None else _loosened(adjoint_budget, x0),
-    )
-    moving = inexact(theta)
-    gradient = jax.jit(narrow.gradient)(moving, x0, narrow.budget, narrow.adjoint_budget)[1]
-    advice = "Make constants of the dtype of x; jnp.zeros(n) alone may be double precision."
-    checklist.require_like(name, moving, gradient, advice)
-    checklist.require(
-        name, np.isfinite(flat_norm(gradient)), "a finite gradient", flat_norm(gradient), advice
-    )
-    checklist.hold(name)
-
-
-def _loosened(budget: Budget, x: PyTree) -> Budget:
-    rtol: Any = budget.rtol
-    return eqx.tree_at(lambda b: b.rtol, budget, jnp.maximum(rtol, default_tolerance(x)))

@@ -263,6 +263,22 @@ TASKS = SEVERAL + "first = t.Task(1.0, loss)\nsecond = t.Task(1.0, loss)\nnumber
         (["run", "problem.py", "--resume"], "--resume needs --directory"),
         (["run", "problem.py", "--resume", "--directory", "new"], "holds no run to go on with"),
         (["run", "problem.py", "--directory", "problem.py"], "is a file; name a directory"),
+        (["run", "problem.py", "--directory", ""], "'' is no path"),
+        (["run", "problem.py", "--directory", "problem.py/a"], "problem.py/a: Not a directory"),
+        (["run", "problem.py", "--directory", "/proc/a"], "cannot write to the directory /proc/a"),
+        (["run", "problem.py", "--directory", "a" * 300], "File name too long. Name another"),
+        (["compare", "problem.py", "--directory", "problem.py/a"], "problem.py/a: Not a directory"),
+        (["run", "problem.py", "--resume", "--overwrite"], "give one of them"),
+        (["run", "problem.py", "--policy", ""], "policy '' is unknown"),
+        (["run", "problem.py", "--policy", "fixed=0"], "'0' is no whole number of 1 or more"),
+        (["run", "problem.py", "--policy", "fixed=abc"], "'abc' is no whole number of 1 or more"),
+        (["run", "problem.py", "--set", "start=nan"], "--set start=nan: start should be finite"),
+        (["run", "problem.py", "--set", "start=-inf"], "start should be finite"),
+        (["run", "problem.py", "--set", "start=1e400"], "start should be finite"),
+        (["run", "syntax.py"], "syntax.py, line 2: SyntaxError: "),
+        (["run", "imports.py"], "imports.py, line 3: ModuleNotFoundError: No module named 'no_su"),
+        (["run", "beside.py"], "syntax.py, line 2: SyntaxError: "),
+        (["run", "bytes.py"], "bytes.py: SyntaxError: source code string cannot contain null"),
         (["run", "problem.py", "more"], "one argument too many: 'more'"),
         (["run", "tasks.py"], "holds 2 tasks; choose one: tasks.py:first, tasks.py:second"),
         (["run", "tasks.py:number"], "a value of type int, not a bilevel Task"),
@@ -275,10 +291,13 @@ TASKS = SEVERAL + "first = t.Task(1.0, loss)\nsecond = t.Task(1.0, loss)\nnumber
         (["compare", "problem.py", "--policies", ","], "no policy given"),
         (["compare", "problem.py", "--policies", "best-fixed"], "needs full among the policies"),
         (["compare", "problem.py", "--seeds", "0"], "'0' is no whole number of 1 or more"),
+        (["compare", "problem.py", "--seeds", "-1"], "'-1' is no whole number of 1 or more"),
+        (["compare", "problem.py", "--seeds", "99999999999"], "more than 10000 seeds"),
         (["compare", "problem.py", "--seeds", "1,1"], "should list seeds that differ"),
         (["compare", "problem.py", "--target", "nan"], "'nan' is no finite number"),
         (["compare", "problem.py", "--margin", "-1"], "'-1' is negative"),
         (["plot", "nowhere"], "there is no directory nowhere"),
+        (["plot", "problem.py"], "there is no directory problem.py"),
         (["plot", "."], "holds neither a run nor a comparison"),
         (["plot", ".", "--output", "a.gif"], "the ending should be one of .png, .pdf, .svg"),
     ],
@@ -289,6 +308,10 @@ def test_misuse_is_one_clear_line_and_exit_2(
     write()
     write(TASKS, "tasks.py")
     write("", "empty.py")
+    write("x = 1\nx = = 1\n", "syntax.py")
+    write("\n\nimport no_such_module\n", "imports.py")
+    write("import syntax\n", "beside.py")
+    write("\0", "bytes.py")
     write("def task():\n    return 3\n", "number.py")
     write("def task(n):\n    return n\n", "needs.py")
     code, out, err = invoke(*words)
@@ -303,8 +326,6 @@ def test_misuse_is_one_clear_line_and_exit_2(
     ("text", "shown"),
     [
         ("def f():\n    return 1 / 0\nf()\n", "line 2, in f"),
-        ("x = = 1\n", "SyntaxError"),
-        ("import no_such_module\n", "ModuleNotFoundError"),
         ("raise SystemExit(0)\n", "SystemExit"),
         ("def task():\n    raise KeyError('mine')\n", "KeyError: 'mine'"),
         (TASK.replace("value = jnp.mean", "value = undefined_name"), "in loss"),
@@ -319,6 +340,103 @@ def test_errors_of_the_file_show_its_traceback_and_exit_1(
     assert "problem.py" in err
     assert "taskfile.py" not in err
     assert out == ""
+
+
+@pytest.mark.parametrize("text", ["x = = 1\n", "import no_such_module\n"])
+def test_the_whole_traceback_is_shown_on_request(write: Write, invoke: Invoke, text: str):
+    code, _, err = invoke("run", write(text), "--discard", "--traceback")
+    assert code == 1
+    assert "Traceback" in err
+    assert "taskfile.py" in err
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("value = jnp.mean(", "value = jnp.ones(3) + (", "loss should be one real floating"),
+        ("lambda theta: jnp.mean(", "lambda theta: jnp.ones(3) * (", "validate should return one"),
+    ],
+)
+def test_an_error_without_a_frame_of_the_file_is_one_line(
+    write: Write, invoke: Invoke, before: str, after: str, message: str
+):
+    code, _, err = invoke("run", write(TASK.replace(before, after)), "--discard", "--quiet")
+    assert code == 1
+    assert message in err
+    assert err.count("\n") == 1
+    code, _, err = invoke("run", write(TASK.replace(before, after)), "--discard", "--traceback")
+    assert "training.py" in err
+
+
+def test_a_setting_may_be_infinite_where_its_default_is(write: Write, invoke: Invoke):
+    text = TASK.replace("start: float = 5.0", "start: float = 5.0, limit: float = float('inf')")
+    words = ("run", write(text), "--discard", "--quiet")
+    assert invoke(*words, "--set", "limit=inf")[0] == 0
+    assert invoke(*words, "--set", "start=inf")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "stored", "message"),
+    [
+        ("history.jsonl", b'{"epoch": "one"}\n{"epoch": 2}\n', "history.jsonl, line 1: not a rec"),
+        ("history.jsonl", b"\xff\xfe\n", "history.jsonl: not a bilevel history"),
+        ("history.jsonl", None, "history.jsonl: No such file"),
+        ("theta.npz", b"xx", "theta.npz is no archive of arrays"),
+        ("summary.json", b"", "summary.json: Expecting value"),
+        ("summary.json", b"{}", "and 26 more missing"),
+    ],
+)
+def test_a_damaged_run_is_named_in_one_line(
+    write: Write, invoke: Invoke, tmp_path: Path, name: str, stored: bytes | None, message: str
+):
+    invoke("run", write(), "--quiet", "--directory", str(tmp_path / "r"))
+    damaged = tmp_path / "r" / name
+    damaged.unlink() if stored is None else damaged.write_bytes(stored)
+    code, _, err = invoke("plot", str(tmp_path / "r"))
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("where", ["problem.py/a.png", "/proc/a.png", "folder.png"])
+def test_a_picture_that_cannot_be_written_is_misuse(
+    write: Write, invoke: Invoke, tmp_path: Path, where: str
+):
+    invoke("run", write(), "--quiet", "--directory", str(tmp_path / "r"))
+    (tmp_path / "folder.png").mkdir()
+    code, _, err = invoke("plot", str(tmp_path / "r"), "--output", where)
+    assert code == 2
+    assert err.startswith("bilevel: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "stored", "message"),
+    [
+        (["--policy", "full"], None, b"", "controller was ProgressiveRefinement, is FixedFidelity"),
+        (["--seed", "4"], None, b"", "seed was 0, is 4"),
+        (["--set", "plain=4"], None, b"", "task.name was a3False, is a4False"),
+        ([], "checkpoint.npz", b"xx", "checkpoint.npz is no archive of arrays"),
+        ([], "history.jsonl", b"", "its checkpoint is of epoch 3"),
+    ],
+)
+def test_a_run_of_something_else_is_not_gone_on_with(
+    write: Write,
+    invoke: Invoke,
+    tmp_path: Path,
+    words: list[str],
+    name: str | None,
+    stored: bytes,
+    message: str,
+):
+    common = ("run", write(), "--directory", str(tmp_path / "r"))
+    assert invoke(*common, "--quiet")[0] == 0
+    if name is not None:
+        (tmp_path / "r" / name).write_bytes(stored)
+    code, _, err = invoke(*common, "--resume", *words)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
 
 
 def test_a_run_that_is_given_up_exits_1(write: Write, invoke: Invoke):

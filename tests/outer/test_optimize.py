@@ -15,6 +15,7 @@ from jax import lax
 
 import bilevel as bl
 from bilevel.budget import Budget
+from bilevel.outer.archive import ResumeError
 from bilevel.outer.callbacks import Event
 from bilevel.outer.checkpoint import read_arrays
 from bilevel.outer.history import History
@@ -421,11 +422,12 @@ def test_a_hypergradient_of_another_structure_is_refused(train: Train):
 
 
 def test_a_rejected_metric_is_counted(train: Train):
-    run = train(
-        validate=lambda theta: theta * jnp.nan,
-        controller=ProgressiveRefinement(Ladder.iterations(1, 1, 4)),
-        epochs=3,
-    )
+    with pytest.warns(RuntimeWarning, match="the metric is nan"):
+        run = train(
+            validate=lambda theta: theta * jnp.nan,
+            controller=ProgressiveRefinement(Ladder.iterations(1, 1, 4)),
+            epochs=3,
+        )
     assert [record.rejected for record in run.history] == [1, 2, 3, 4]
     assert run.summary.best_metric is None
 
@@ -664,12 +666,103 @@ def test_a_run_interrupted_within_an_epoch_resumes_from_its_start(train: Train, 
 
 def test_resuming_needs_the_same_optimizer_and_seed(train: Train, tmp_path: Path):
     train(directory=tmp_path, epochs=2)
-    with pytest.raises(ValueError, match="same optimizer"):
+    with pytest.raises(ValueError, match="a run of something else: optimizer"):
         train(directory=tmp_path, epochs=4, optimizer=optax.adam(0.1), resume=True)
-    with pytest.raises(ValueError, match="seed=0"):
+    with pytest.raises(ValueError, match="seed was 0, is 1"):
         train(directory=tmp_path, epochs=4, seed=1, resume=True)
     with pytest.raises(FileNotFoundError, match="Leave resume out"):
         train(directory=tmp_path / "nothing", resume=True)
+
+
+def _measured(scale: float) -> Any:
+    def loss(theta: Any, batch: Any, fidelity: Any) -> Any:
+        return scale * (theta - 2.0) ** 2
+
+    return loss
+
+
+def _refining(**settings: Any) -> ProgressiveRefinement:
+    ladder = Ladder.iterations(1, 1, settings.pop("stop", 9))
+    return ProgressiveRefinement(ladder, error_window=2, **settings)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"optimizer": optax.sgd(0.2)}, "step_size was -0.1, is -0.2"),
+        ({"optimizer": optax.sgd(optax.constant_schedule(0.1))}, "optimizer"),
+        ({"loss": _measured(2.0)}, "loss.scale was 1.0, is 2.0"),
+        ({"controller": _refining(stop=8)}, "controller.ladder.primal.iterations.stop was 9, is 8"),
+        ({"controller": _refining(ema_window=3)}, "controller.ema_window was 6, is 3"),
+        ({"batches": [jnp.ones(2)]}, "task.batches was 2 of float64.2., is 1 of"),
+        ({"theta0": jnp.ones(3)}, r"theta was float64\[\], is float64\[3\]"),
+    ],
+)
+def test_resuming_names_what_has_changed(tmp_path: Path, changed: dict[str, Any], message: str):
+    common: dict[str, Any] = {
+        "theta0": 5.0,
+        "loss": _measured(1.0),
+        "batches": [jnp.ones(2), jnp.ones(2)],
+        "optimizer": optax.sgd(0.1),
+        "controller": _refining(),
+    }
+
+    def train(epochs: int, **overrides: Any) -> Any:
+        return optimize(
+            Task(**common | overrides),
+            epochs=epochs,
+            progress=False,
+            directory=tmp_path,
+            resume=any(tmp_path.iterdir()),
+        )
+
+    before = train(2)
+    kept = (tmp_path / "checkpoint.npz").read_bytes()
+    with pytest.raises(ResumeError, match=message):
+        train(4, **changed)
+    # A refusal leaves the run as it was, and the same run goes on.
+    assert (tmp_path / "checkpoint.npz").read_bytes() == kept
+    assert len(train(4).history) == len(before.history) + 2
+
+
+class Noting:
+    """A reporter that keeps the notes and shows nothing."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: None
+
+
+@pytest.mark.parametrize("metric", [-3.0, float("nan")])
+def test_a_metric_that_cannot_refine_is_said_once(make_task: Any, metric: float):
+    progress = Noting()
+
+    def train(controller: Any, progress: Any) -> Any:
+        task = make_task(validate=lambda theta: theta * 0 + metric)
+        return optimize(task, optax.sgd(0.1), controller, epochs=4, progress=progress)
+
+    train(_refining(), progress)
+    assert len(progress.notes) == 1
+    assert f"at the start: ProgressiveRefinement: the metric is {metric:.4g}" in progress.notes[0]
+    with pytest.warns(RuntimeWarning, match="bl.Sched") as warned:
+        train(_refining(), False)
+    assert len(warned) == 1
+    progress.notes.clear()
+    train(FixedFidelity(bl.Budget(3)), progress)  # it reads no metric
+    assert progress.notes == []
+
+
+def test_a_metric_that_comes_down_to_zero_is_no_matter_of_complaint():
+    progress = Noting()
+    task = Task(1.0, lambda theta, batch, fidelity: theta**2, validate=abs)
+    run = optimize(task, optax.sgd(0.5), _refining(), epochs=3, progress=progress)
+    assert run.summary.final_metric == 0.0
+    assert progress.notes == []
 
 
 # ------------------------------------------------------------------ refusals

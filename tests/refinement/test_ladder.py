@@ -293,6 +293,21 @@ def test_representation_names_what_changes():
             ValueError,
             "either every fidelity has an adjoint_budget or none has, got 1 of 2",
         ),
+        (
+            lambda: Ladder.of([Budget(9), Budget(5)]),
+            ValueError,
+            r"level 1 after Budget\(iterations=9",
+        ),
+        (
+            lambda: Ladder.of([Budget(5), Budget(9, rtol=1e-3), Budget(9, rtol=1e-2)]),
+            ValueError,
+            "at level 2 after",
+        ),
+        (
+            lambda: Ladder.of([Fidelity(Budget(5), Budget(9)), Fidelity(Budget(5), Budget(8))]),
+            ValueError,
+            "levels go from coarse to fine",
+        ),
         (lambda: Ladder.of([Budget(jnp.array([1, 2]))]), TypeError, "concrete scalars"),
         (
             lambda: Ladder.tolerances().with_tolerances(Budget(5)),
@@ -351,3 +366,14 @@ def test_a_fidelity_is_a_pytree_whose_static_parts_are_not_leaves():
 def test_a_fidelity_refuses_what_is_no_budget(build, message):
     with pytest.raises(TypeError, match=message):
         build()
+
+
+def test_levels_that_cannot_be_compared_are_taken_in_the_given_order():
+    cheaper_but_tighter = Ladder.of([Budget(50, rtol=1e-2), Budget(20, rtol=1e-6)])
+    assert len(cheaper_but_tighter) == 2
+    on_a_finer_grid = Ladder.of(
+        [Fidelity(Budget(50), static=(("grid", 8),)), Fidelity(Budget(20), static=(("grid", 16),))]
+    )
+    assert on_a_finer_grid.fidelity(1)["grid"] == 16
+    adjoint_for_primal = [Fidelity(Budget(9), Budget(2)), Fidelity(Budget(5), Budget(5))]
+    assert len(Ladder.of(adjoint_for_primal)) == 2
