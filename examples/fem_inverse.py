@@ -26,7 +26,7 @@ try:
     import skfem
     from skfem.models.poisson import laplace
 except ImportError as error:
-    message = "fem_inverse needs scikit-fem: pip install 'bilevel[examples]'"
+    message = "fem_inverse needs scikit-fem: pip install scikit-fem"
     raise ImportError(message) from error
 
 

@@ -43,7 +43,7 @@ def same(printed: str, promised: str) -> None:
     np.testing.assert_allclose(found, expected, rtol=0.1)
 
 
-@pytest.mark.parametrize("page", ["custom.md", "tasks.md"])
+@pytest.mark.parametrize("page", ["custom.md", "tasks.md", "pde.md"])
 def test_code_of_a_page_runs_and_prints_what_it_says(
     page: str,
     tmp_path: Path,

@@ -17,7 +17,7 @@ from bilevel.bound import BoundProblem
 from bilevel.solver.base import IncompatibleError
 from bilevel.solver.parameter import whole
 from bilevel_pde.operator import Operator
-from bilevel_pde.scipy_matrix import from_scipy
+from bilevel_pde.scipy_matrix import concrete_matrix, from_scipy
 from bilevel_pde.smoother import ChebyshevSmoother
 
 Method = Literal["ruge_stuben", "smoothed_aggregation"]
@@ -53,7 +53,7 @@ class AlgebraicMultigrid(eqx.Module):
     """One V-cycle of algebraic multigrid as a preconditioner, for assembled matrices.
 
     [PyAMG](https://github.com/pyamg/pyamg) makes the hierarchy from the numbers of a matrix,
-    once, on the host (`pip install 'bilevel[pde]'`); cycles run in JAX, under jit, grad and
+    once, on the host (`pip install pyamg`); cycles run in JAX, under jit, grad and
     on accelerators.  As the numbers must be known, the matrix is given here and not found in
     the problem: one near the problem's own will do, such as that of the first θ, since a
     preconditioner changes how fast a system is solved and never its solution.
@@ -170,28 +170,8 @@ class AlgebraicMultigrid(eqx.Module):
 
 def _concrete(matrix: Any) -> sp.csr_array:
     """The matrix on the host."""
-    if isinstance(matrix, Operator):
-        try:
-            matrix = matrix.to_scipy()
-        except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
-            msg = (
-                "AlgebraicMultigrid needs the numbers of its matrix, and these are traced. Make it "
-                "outside of the traced function, of the matrix for one θ; or use pde.Multigrid, "
-                "which makes its hierarchy in traced code."
-            )
-            raise IncompatibleError(msg) from error
-    if not sp.issparse(matrix):
-        msg = (
-            "AlgebraicMultigrid: matrix should be a scipy.sparse matrix or an operator of "
-            f"bilevel_pde, got {type(matrix).__name__}."
-        )
-        raise TypeError(msg)
-    given: Any = matrix
-    csr: Any = sp.csr_array(given)
-    rows, columns = csr.shape
-    if rows != columns:
-        msg = f"AlgebraicMultigrid: matrix should be square, got shape ({rows}, {columns})."
-        raise ValueError(msg)
+    instead = "; or use pde.Multigrid, which makes its hierarchy in traced code"
+    csr = concrete_matrix("AlgebraicMultigrid", matrix, instead)
     if not (csr.diagonal() != 0).all():
         msg = (
             "AlgebraicMultigrid: the matrix has zeros on its diagonal, which smoothing divides by. "
@@ -220,5 +200,5 @@ def _pyamg() -> Any:
     try:
         return importlib.import_module("pyamg")
     except ImportError as error:
-        msg = "AlgebraicMultigrid needs PyAMG: pip install 'bilevel[pde]'."
+        msg = "AlgebraicMultigrid needs PyAMG: pip install pyamg"
         raise ImportError(msg) from error

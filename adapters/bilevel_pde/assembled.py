@@ -12,6 +12,7 @@ import scipy.sparse as sp
 from jaxtyping import Array, Bool, Float, Int
 
 from bilevel_pde.operator import Operator
+from bilevel_pde.triangle import Part, keeps
 
 
 class AssembledMatrix(Operator):
@@ -121,6 +122,14 @@ class AssembledMatrix(Operator):
         """Rows, columns and entries; padding is among them, with entries that are zero."""
         rows, columns = self.coordinates()
         return rows, columns, without_padding(self.stored, self.slots < self.count)
+
+    def triangle(self, part: Part, *, diagonal: bool) -> Self:
+        """The same structure with zeros on the other side of the diagonal."""
+        if self.extent[0] != self.extent[1]:
+            super().triangle(part, diagonal=diagonal)
+        rows, columns, stored = self.entries()
+        kept = jnp.where(keeps(part, rows, columns, diagonal=diagonal), stored, 0)
+        return dataclasses.replace(self, stored=kept, is_symmetric=None, is_positive_definite=None)
 
     def to_scipy(self) -> sp.csr_array:
         """The matrix as it was given, in CSR, explicit zeros included."""

@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, PyTree
 from bilevel import vector
 from bilevel_pde.operator import Operator
 from bilevel_pde.scaled import Scaled
+from bilevel_pde.sum import joined
+from bilevel_pde.triangle import Part
 
 Row = tuple[Operator | None, ...]
 
@@ -107,6 +109,38 @@ class Block(Operator):
         blocks = [[None if b is None else b.to_scipy() for b in row] for row in self.rows]
         return sp.csr_array(sp.block_array(blocks))
 
+    def entries(self) -> tuple[Any, Any, Array]:
+        """Those of every block, moved to its place."""
+        heights = [vector.size(like) for like in self.range_like]
+        widths = [vector.size(like) for like in self.like]
+        parts: list[tuple[Any, Any, Array]] = []
+        for i, row in enumerate(self.rows):
+            for j, block in enumerate(row):
+                if block is not None:
+                    rows, columns, values = block.entries()
+                    above, before = sum(heights[:i]), sum(widths[:j])
+                    parts.append((rows + above, columns + before, values))
+        rows, columns = (joined([part[axis] for part in parts]) for axis in (0, 1))
+        return rows, columns, jnp.concatenate([part[2] for part in parts])
+
+    def triangle(self, part: Part, *, diagonal: bool) -> "Block":
+        """Blocks of one side, and of those on the diagonal their triangles."""
+        if self.like != self.range_like:
+            msg = f"Block: {part} needs the same fields in rows and columns."
+            raise ValueError(msg)
+        rows: list[list[Operator | None]] = []
+        for i, row in enumerate(self.rows):
+            line: list[Operator | None] = []
+            for j, block in enumerate(row):
+                kept = j < i if part == "lower" else j > i
+                if block is not None and i == j:
+                    line.append(block.triangle(part, diagonal=diagonal))
+                else:
+                    # A zero block says what fields a row and a column are about.
+                    line.append(block if kept or block is None else 0.0 * block)
+            rows.append(line)
+        return Block(rows)
+
     def boundary_term(self, values: Sequence[Any]) -> PyTree:
         """What boundary values add to A v.
 
@@ -127,7 +161,7 @@ class Block(Operator):
     def norm_bound(self) -> Float[Array, ""]:
         """A bound of ‖A‖₂, √(largest sum over rows times that over columns) of blocks' bounds."""
         bounds = [
-            [jnp.zeros(()) if b is None else _norm_bound(b) for b in row] for row in self.rows
+            [jnp.zeros(()) if b is None else b.norm_bound() for b in row] for row in self.rows
         ]
         table = jnp.stack([jnp.stack(row) for row in bounds])
         return jnp.sqrt(jnp.max(table.sum(axis=0)) * jnp.max(table.sum(axis=1)))
@@ -301,11 +335,3 @@ def _boundary_term(block: Operator, values: Any) -> PyTree:
         )
         raise ValueError(msg)
     return term(values)
-
-
-def _norm_bound(block: Operator) -> Float[Array, ""]:
-    bound: Any = getattr(block, "norm_bound", None)
-    if bound is None:
-        msg = f"Block: {type(block).__name__} has no norm_bound; use norm_estimate(operator)."
-        raise ValueError(msg)
-    return bound()

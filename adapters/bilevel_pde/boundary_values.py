@@ -32,7 +32,8 @@ def insert(
 def on_side(grid: Grid, axis: int, side: int, given: Any) -> Float[Array, "..."]:
     """A boundary value as a field on its side, with one point across it.
 
-    **Raises:** `ValueError` for sides that take no value and values of another shape.
+    **Raises:** `ValueError` for sides that take no value and values of another shape,
+    `TypeError` for complex ones.
     """
     if axis not in range(grid.ndim) or side not in {0, 1} or grid.is_periodic(axis):
         sides = [(a, s) for a in range(grid.ndim) if not grid.is_periodic(a) for s in (0, 1)]
@@ -42,6 +43,9 @@ def on_side(grid: Grid, axis: int, side: int, given: Any) -> Float[Array, "..."]
         raise ValueError(msg)
     face = tuple(1 if d == axis else n for d, n in enumerate(grid.shape))
     flat = tuple(n for d, n in enumerate(grid.shape) if d != axis)
+    if jnp.issubdtype(jnp.result_type(given), jnp.complexfloating):
+        msg = f"boundary_term: the value of side {axis, side} should be real, got a complex one."
+        raise TypeError(msg)
     value = jnp.asarray(given, grid.dtype)
     if value.shape in {(), flat}:
         return jnp.broadcast_to(value.reshape(face if value.ndim else ()), face)

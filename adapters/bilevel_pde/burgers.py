@@ -1,35 +1,31 @@
 """Burgers' equation."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import equinox as eqx
 from jaxtyping import Array, PyTree
 
 from bilevel.budget import Budget
-from bilevel.closed import stopped
-from bilevel.estimator.base import Estimator
-from bilevel.estimator.implicit import Implicit
-from bilevel.estimator.unrolled import Unrolled
-from bilevel.inner_solve import solve
 from bilevel.solution import Solution
 from bilevel.solver.base import InnerSolver
 from bilevel.solver.bicgstab import BiCGStab
-from bilevel.solver.newton import Newton
 from bilevel_pde.advection_diffusion import Differences, checked_differences
 from bilevel_pde.advection_operator import advection
 from bilevel_pde.block import block_diagonal
 from bilevel_pde.diffusion import Diffusion
 from bilevel_pde.grid import Grid
 from bilevel_pde.laplace_operator import identity
-from bilevel_pde.quasilinear import Picard, Quasilinear
+from bilevel_pde.linearization import (
+    Derivative,
+    Linearization,
+    as_outer_budget,
+    check_linearization,
+    chosen_estimator,
+    solve_linearised,
+)
+from bilevel_pde.quasilinear import Quasilinear
 from bilevel_pde.stencil import Stencil
-from bilevel_pde.stepper import Effort, Stepper, field_or_number, positive, side_values, traced
-
-Linearization = Literal["picard", "newton"]
-Derivative = Literal["implicit", "unrolled", "frozen", "detached"]
-
-UNROLLED = 64
-"""Iterations that unrolling has room for where the number is not known beforehand."""
+from bilevel_pde.stepper import Effort, Stepper, field_or_number, positive, side_values
 
 
 class Burgers(Stepper):
@@ -108,16 +104,15 @@ class Burgers(Stepper):
             msg = f"Burgers: grid should be a Grid, got {grid!r}."
             raise TypeError(msg)
         _check_options(grid, linearization, derivative, conservative=conservative)
-        if outer_budget is not None and not isinstance(outer_budget, Budget):
-            outer_budget = Budget(iterations=outer_budget)
+        outer = as_outer_budget("Burgers", outer_budget)
         self.grid = grid
         self.linearization = linearization
         self.derivative = derivative
         self.differences = checked_differences("Burgers", differences)
         self.conservative = bool(conservative)
         self.solver = BiCGStab() if solver is None else solver
-        self.outer_budget = traced(outer_budget)
-        self.estimator = _estimator(derivative, outer_budget, adjoint_solver)
+        self.outer_budget = outer
+        self.estimator = chosen_estimator("Burgers", derivative, outer, adjoint_solver, BiCGStab())
         self.viscosity = self._checked("viscosity", viscosity)
         self.dt = self._checked("dt", dt)
         self.forcing = self._checked("forcing", forcing)
@@ -143,27 +138,16 @@ class Burgers(Stepper):
 
     def solved(self, u: PyTree, guess: PyTree, effort: Effort) -> Solution:
         """The inner solve of a step, started at a guess."""
-        solver: InnerSolver
-        adjoint_budget = effort.adjoint_budget
-        if self.linearization == "newton":
-            solver = Newton(linear=self.solver, linear_budget=effort.budget)
-        elif self.derivative == "unrolled":
-            solver = Picard(self.solver, effort.budget, adjoint_budget)
-            adjoint_budget = None
-        else:
-            solver = Picard(self.solver, effort.budget)
-        data, probe = self._data(), effort.probe
-        if self.derivative == "detached":
-            data, u, guess, solver = stopped((data, u, guess, solver))
-        return solve(
+        return solve_linearised(
             self.problem(),
-            (data, u),
+            (self._data(), u),
             guess,
-            solver=solver,
+            effort,
+            linear=self.solver,
             estimator=self.estimator,
-            budget=self.outer_budget,
-            adjoint_budget=adjoint_budget,
-            probe=probe,
+            outer_budget=self.outer_budget,
+            linearization=self.linearization,
+            derivative=self.derivative,
         )
 
     def _checked(self, name: str, value: Any) -> Any:
@@ -210,42 +194,13 @@ def _system(w: Any, theta: tuple[Burgers, Any]) -> tuple[Any, Any]:
     return block_diagonal(*[matrix] * len(rhs)), tuple(rhs)
 
 
-def _estimator(
-    derivative: Derivative, outer_budget: Budget | None, adjoint_solver: InnerSolver | None
-) -> Estimator:
-    if derivative != "unrolled":
-        return Implicit(BiCGStab() if adjoint_solver is None else adjoint_solver)
-    if adjoint_solver is not None:
-        msg = (
-            "Burgers: derivative='unrolled' solves backwards with the solver itself. Leave out "
-            "adjoint_solver, or use derivative='implicit'."
-        )
-        raise ValueError(msg)
-    known = 0 if outer_budget is None else outer_budget.concrete_iterations
-    return Unrolled(max_iterations=known if 0 < known <= 16 * UNROLLED else UNROLLED)
-
-
 def _check_options(
     grid: Grid, linearization: Linearization, derivative: Derivative, *, conservative: bool
 ) -> None:
     if grid.ndim > 2:
         msg = f"Burgers: grid should have one or two dimensions, got {grid.ndim}."
         raise ValueError(msg)
-    if linearization not in {"picard", "newton"}:
-        msg = f"Burgers: linearization should be 'picard' or 'newton', got {linearization!r}."
-        raise ValueError(msg)
-    if derivative not in {"implicit", "unrolled", "frozen", "detached"}:
-        msg = (
-            "Burgers: derivative should be 'implicit', 'unrolled', 'frozen' or 'detached', got "
-            f"{derivative!r}."
-        )
-        raise ValueError(msg)
-    if derivative == "unrolled" and linearization == "newton":
-        msg = (
-            "Burgers: derivative='unrolled' goes with linearization='picard'. Newton's iteration "
-            "converges: use derivative='implicit'."
-        )
-        raise ValueError(msg)
+    check_linearization("Burgers", linearization, derivative)
     if conservative and grid.ndim > 1:
         msg = (
             "Burgers: conservative=True is for one dimension: u·∇u is no divergence in two. "

@@ -20,6 +20,7 @@ from bilevel_pde.grid import Grid, Side
 from bilevel_pde.operator import Operator
 from bilevel_pde.shift import shift
 from bilevel_pde.stencil import Stencil
+from bilevel_pde.triangle import Part
 
 Pieces = tuple[Any, ...]
 
@@ -170,6 +171,14 @@ class Diffusion(Operator):
     def to_scipy(self) -> sp.csr_array:
         """The matrix, for fields in C order."""
         return self.stencil().to_scipy()
+
+    def entries(self) -> tuple[Any, Any, Array]:
+        """Those of the stencil."""
+        return self.stencil().entries()
+
+    def triangle(self, part: Part, *, diagonal: bool) -> Stencil:
+        """That of the stencil."""
+        return self.stencil().triangle(part, diagonal=diagonal)
 
     def norm_bound(self) -> Float[Array, ""]:
         """A bound of ‖A‖₂, see [`Stencil.norm_bound`][]."""

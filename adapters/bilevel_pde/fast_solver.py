@@ -24,7 +24,7 @@ from bilevel_pde.weighting import as_discretised, without_mean
 
 
 class FastSolver(eqx.Module):
-    """The exact inverse of a stencil along the axes with constant coefficients.
+    """The exact inverse of a stencil with constant coefficients.
 
     Along each axis the field is expanded in eigenvectors of second differences: sines,
     cosines or exponentials, by FFT where that is faster; Robin sides and pairs of different
@@ -33,8 +33,9 @@ class FastSolver(eqx.Module):
     constant fields are in the kernel (periodic or Neumann sides all around), they are left
     out.
 
-    The two coefficients of an axis must be equal, unless it is periodic; a `Diffusion` takes
-    a number for each axis.  What varies from point to point is refused; where that cannot be
+    Offsets are next neighbours along an axis; where all axes are periodic, any.  The two
+    coefficients of an axis must be equal, unless it is periodic; a `Diffusion` takes a number
+    for each axis.  What varies from point to point is refused; where that cannot be
     seen before the numbers are known (a stencil that varies along one axis), the result is NaN
     and the status `NONFINITE`.
 
@@ -95,18 +96,7 @@ def _inverse(operator: Stencil | Diffusion) -> Callable[[Array], Array]:
         )
         raise IncompatibleError(msg)
     transforms = [AxisTransform(grid, axis) for axis in range(grid.ndim)]
-    values: Any = numbers[(0,) * grid.ndim]
-    size: Any = jnp.abs(values)
-    for axis, transform in enumerate(transforms):
-        low, high = (_number(numbers, grid, axis, step) for step in (-1, 1))
-        size = size + jnp.abs(low) + jnp.abs(high)
-        shape = [-1 if d == axis else 1 for d in range(grid.ndim)]
-        along: Any = transform.eigenvalues.reshape(shape)
-        if transform.kind == "fourier":
-            cosine, sine = (jnp.asarray(part, grid.dtype) for part in (along.real, along.imag))
-            values = values + jax.lax.complex((low + high) * cosine, (high - low) * sine)
-        else:
-            values = values + high * jnp.asarray(along, grid.dtype)
+    values, size = _eigenvalues(grid, transforms, numbers)
     reciprocal = 1.0 / values
     if operator.singular:
         tolerance = 64 * grid.ndim * jnp.finfo(grid.dtype).eps * size
@@ -131,6 +121,34 @@ def _inverse(operator: Stencil | Diffusion) -> Callable[[Array], Array]:
     return solve
 
 
+def _eigenvalues(
+    grid: Grid, transforms: list[AxisTransform], numbers: dict[Offset, Any]
+) -> tuple[Any, Any]:
+    """Of a stencil of numbers, and a bound of their size."""
+    values: Any = numbers[(0,) * grid.ndim]
+    size: Any = jnp.abs(values)
+    if all(transform.kind == "fourier" for transform in transforms):
+        phases = np.meshgrid(*[transform.eigenvalues for transform in transforms], indexing="ij")
+        for offset, number in numbers.items():
+            if any(offset):
+                wave = np.prod([p**o for p, o in zip(phases, offset, strict=True)], axis=0)
+                real, imaginary = (jnp.asarray(part, grid.dtype) for part in (wave.real, wave.imag))
+                values = values + jax.lax.complex(number * real, number * imaginary)
+                size = size + jnp.abs(number)
+        return values, size
+    for axis, transform in enumerate(transforms):
+        low, high = (_number(numbers, grid, axis, step) for step in (-1, 1))
+        size = size + jnp.abs(low) + jnp.abs(high)
+        shape = [-1 if d == axis else 1 for d in range(grid.ndim)]
+        along: Any = transform.eigenvalues.reshape(shape)
+        if transform.kind == "fourier":
+            cosine, sine = (jnp.asarray(part, grid.dtype) for part in (along.real, along.imag))
+            values = values + jax.lax.complex((low + high) * cosine, (high - low) * sine)
+        else:
+            values = values + high * jnp.asarray(along, grid.dtype)
+    return values, size
+
+
 def _like(reciprocal: Array, v: Array) -> Any:
     """The dtype of the eigenvalues in the precision of the field."""
     real = jnp.finfo(v.dtype).dtype
@@ -149,10 +167,10 @@ def _numbers(operator: Stencil | Diffusion) -> tuple[dict[Offset, Any], Bool[Arr
     centre = (0,) * grid.ndim
     varies = isinstance(operator, Diffusion) and any(k.ndim > 0 for k in operator.faces)
     for offset, parts in stencil.terms.items():
-        if sum(map(abs, offset)) > 1:
+        if sum(map(abs, offset)) > 1 and not all(map(grid.is_periodic, range(grid.ndim))):
             msg = (
                 f"FastSolver cannot invert this operator: the offset {offset} is no next neighbour "
-                "along an axis. Use pde.Multigrid."
+                "along an axis, and there are sides that are not periodic. Use pde.Multigrid."
             )
             raise IncompatibleError(msg)
         if varies or any(_is_field(grid, piece) for piece in parts):

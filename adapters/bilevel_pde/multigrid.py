@@ -6,7 +6,7 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from bilevel.bound import BoundProblem
 from bilevel.solver.base import IncompatibleError
@@ -83,13 +83,14 @@ class Multigrid(eqx.Module):
         """The cycle of an operator as it was discretised."""
         hierarchy = self.hierarchy(operator)
         coarsest = _inverse(hierarchy[-1][0], singular=operator.singular)
+        visits = 1 if self.cycle == "V" else 2
 
         def cycle(v: Array) -> Array:
             if not operator.singular:
-                return self._cycle(hierarchy, coarsest, 0, v, self.cycle)
+                return self._cycle(hierarchy, coarsest, 0, v, visits)
             # Rounding would leave more and more of the kernel in what is without it.
             v = without_mean(operator.grid, v)
-            v = self._cycle(hierarchy, coarsest, 0, v, self.cycle)
+            v = self._cycle(hierarchy, coarsest, 0, v, visits)
             return without_mean(operator.grid, v)
 
         return cycle
@@ -124,22 +125,29 @@ class Multigrid(eqx.Module):
         coarsest: Float[Array, "n n"],
         level: int,
         b: Array,
-        kind: Cycle,
+        visits: Int[Array, ""] | int,
     ) -> Array:
         operator, transfer = hierarchy[level]
         if transfer is None:
             solved: Any = coarsest.astype(b.dtype) @ b.reshape(-1)
             return solved.reshape(b.shape)
-
-        def below(v: Array, kind: Cycle) -> Array:
-            return self._cycle(hierarchy, coarsest, level + 1, v, kind)
-
         x = self.smoother.sweep(operator, None, b, backward=False)
         coarse = transfer.restrict(b - operator.matvec(x))
-        correction = below(coarse, kind)
-        if kind != "V" and hierarchy[level + 1][1] is not None:
-            left = coarse - hierarchy[level + 1][0].matvec(correction)
-            correction = correction + below(left, "W" if kind == "W" else "V")
+        below, deeper = hierarchy[level + 1]
+
+        def correct(visit: Int[Array, ""] | int, correction: Array | None) -> Array:
+            # Of an F cycle's two visits below, the second is a V cycle.
+            again = visits if self.cycle == "W" else jnp.where(visit == 0, visits, 1)
+            if correction is None:
+                return self._cycle(hierarchy, coarsest, level + 1, coarse, again)
+            left = coarse - below.matvec(correction)
+            return correction + self._cycle(hierarchy, coarsest, level + 1, left, again)
+
+        if self.cycle == "V" or deeper is None:
+            correction = correct(0, None)
+        else:
+            # A loop, so that what is compiled grows with the levels and not with the visits.
+            correction = jax.lax.fori_loop(0, visits, correct, jnp.zeros_like(coarse))
         x = x + transfer.prolong(correction)
         return self.smoother.sweep(operator, x, b, backward=True)
 

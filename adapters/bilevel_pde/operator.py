@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PyTree
 
 from bilevel import vector
 from bilevel.solver.base import IncompatibleError
+from bilevel_pde.triangle import Part
 
 
 class Operator(eqx.Module):
@@ -30,7 +31,11 @@ class Operator(eqx.Module):
     - `diagonal()`: like the field; `None` where it is not to be had cheaply.
     - `to_scipy()`: the same numbers on the host.
     - `entries()`: rows, columns and values, also of a traced operator; optional.
+    - `lower()`, `upper()`: its triangular parts as operators.
+    - `norm_bound()`: of ‖A‖₂.
+    - `check_transpose()`, `check_symmetry()`: whether Aᵀ and what is claimed are right.
     - `symmetric`, `positive_definite`: what is known; `None` for unknown.
+    - `kernel()`: a field that a symmetric A maps to zero; `None` for unknown or not singular.
 
     Operators add, subtract, negate, scale by numbers (`2 * A`, `A / h`), and compose:
     `A @ B` is an operator, `A @ v` a field.
@@ -69,6 +74,12 @@ class Operator(eqx.Module):
         **Raises:** `jax.errors.ConcretizationTypeError` where coefficients are traced.
         """
 
+    def kernel(self) -> PyTree | None:
+        """A field that A maps to zero, where one is known: constants, for closed boundaries."""
+        if getattr(self, "singular", False) is not True:
+            return None
+        return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), self.like)
+
     def entries(self) -> tuple[Any, Any, Array]:
         """The matrix entry by entry, for fields flattened leaf by leaf in C order.
 
@@ -84,6 +95,101 @@ class Operator(eqx.Module):
             "to_scipy() outside of the traced function."
         )
         raise IncompatibleError(msg)
+
+    def lower(self, *, diagonal: bool = True) -> "Operator":
+        """The triangle of A below the diagonal, for fields flattened leaf by leaf in C order.
+
+        **Arguments:**
+
+        - `diagonal`: whether the diagonal belongs to it.
+
+        **Raises:** `ValueError` for a rectangular A, `IncompatibleError` from an operator
+        whose entries are not kept.
+        """
+        return self.triangle("lower", diagonal=diagonal)
+
+    def upper(self, *, diagonal: bool = True) -> "Operator":
+        """The triangle of A above the diagonal; see `lower`."""
+        return self.triangle("upper", diagonal=diagonal)
+
+    def triangle(self, part: Part, *, diagonal: bool) -> "Operator":
+        """One of the two."""
+        name = type(self).__name__
+        if self.shape[0] != self.shape[1]:
+            msg = f"{name} is rectangular, {self.shape}, and has no {part} triangle."
+            raise ValueError(msg)
+        letter = part[0]
+        msg = (
+            f"{name} keeps no entries to take the {part} triangle of. Use "
+            f"pde.from_scipy(scipy.sparse.tri{letter}(operator.to_scipy()))."
+        )
+        raise IncompatibleError(msg)
+
+    def norm_bound(self) -> Float[Array, ""]:
+        """A bound of ‖A‖₂ from sums of sizes over rows and over columns, after Gershgorin.
+
+        See [`norm_estimate`][] for one from below that is nearer.
+
+        **Returns:** the geometric mean of the largest ones, √(‖A‖₁ ‖A‖∞).
+
+        **Raises:** `IncompatibleError` from an operator that does not know its entries.
+        """
+        rows, columns, values = self.entries()
+        sizes = jnp.abs(values)
+        largest = [
+            jnp.max(jax.ops.segment_sum(sizes, index, count), initial=0.0)
+            for index, count in zip((rows, columns), self.shape, strict=True)
+        ]
+        return jnp.sqrt(largest[0] * largest[1])
+
+    def check_transpose(self, tolerance: float | None = None) -> None:
+        """See to it that ⟨A x, y⟩ = ⟨x, Aᵀ y⟩, by `rmatvec` and by `transposed()`.
+
+        **Arguments:**
+
+        - `tolerance`: of [`transpose_defect`][]; some thousand units of rounding by default.
+
+        **Raises:** `ValueError` saying by how much.
+
+        >>> import bilevel_pde as pde
+        >>> pde.advection(pde.Grid(9), 1.0).check_transpose()
+        """
+        allowed = _rounding(self) if tolerance is None else tolerance
+        flipped = self.transposed()
+        for what, operator in (("rmatvec", self), ("transposed()", _Swapped(self, flipped))):
+            found = float(transpose_defect(operator))
+            if not found <= allowed:
+                msg = (
+                    f"{type(self).__name__}.{what} is not the transpose: ⟨A x, y⟩ and ⟨x, Aᵀ y⟩ "
+                    f"differ by {found:.1e} of ‖A x‖ ‖y‖, {allowed:.1e} is allowed."
+                )
+                raise ValueError(msg)
+
+    def check_symmetry(self, tolerance: float | None = None) -> None:
+        """See to it that A x = Aᵀ x.
+
+        **Arguments:**
+
+        - `tolerance`: of [`symmetry_defect`][]; some thousand units of rounding by default.
+
+        **Raises:** `ValueError` saying by how much, or that A is rectangular.
+
+        >>> import bilevel_pde as pde
+        >>> pde.laplacian(pde.Grid(9)).check_symmetry()
+        """
+        name = type(self).__name__
+        if self.shape[0] != self.shape[1]:
+            msg = f"{name} is rectangular, {self.shape}, and cannot be symmetric."
+            raise ValueError(msg)
+        allowed = _rounding(self) if tolerance is None else tolerance
+        # What claims to be symmetric returns itself for the transpose: transpose anew.
+        found = float(_plain_symmetry_defect(self))
+        if not found <= allowed:
+            msg = (
+                f"{name} is not symmetric: A x and Aᵀ x differ by {found:.1e} of ‖A x‖, "
+                f"{allowed:.1e} is allowed. Vertices on a Neumann or Robin side need weighted()."
+            )
+            raise ValueError(msg)
 
     @property
     def symmetric(self) -> bool | None:
@@ -146,7 +252,7 @@ class Operator(eqx.Module):
         return self * (1.0 / divisor)
 
 
-def transpose_defect(operator: Operator, seed: int = 0) -> Float[Array, ""]:
+def transpose_defect(operator: Any, seed: int = 0) -> Float[Array, ""]:
     """|⟨A x, y⟩ − ⟨x, Aᵀ y⟩| / (‖A x‖ ‖y‖) for random x and y: rounding, where Aᵀ is right.
 
     **Arguments:**
@@ -156,7 +262,7 @@ def transpose_defect(operator: Operator, seed: int = 0) -> Float[Array, ""]:
     x, y = random_like(operator.like, seed), random_like(operator.range_like, seed + 1)
     image = operator.matvec(x)
     forward, backward = vector.dot(image, y), vector.dot(x, operator.rmatvec(y))
-    return jnp.abs(forward - backward) / (vector.norm(image) * vector.norm(y))
+    return jnp.abs(forward - backward) / _positive(vector.norm(image) * vector.norm(y))
 
 
 def symmetry_defect(operator: Operator, seed: int = 0) -> Float[Array, ""]:
@@ -168,7 +274,46 @@ def symmetry_defect(operator: Operator, seed: int = 0) -> Float[Array, ""]:
     """
     x = random_like(operator.like, seed)
     image = operator.matvec(x)
-    return vector.norm(vector.subtract(image, operator.rmatvec(x))) / vector.norm(image)
+    return vector.norm(vector.subtract(image, operator.rmatvec(x))) / _positive(vector.norm(image))
+
+
+class _Swapped(eqx.Module):
+    """A, with the transpose of an operator of its own."""
+
+    operator: Operator
+    flipped: Operator
+
+    @property
+    def like(self) -> PyTree:
+        return self.operator.like
+
+    @property
+    def range_like(self) -> PyTree:
+        return self.operator.range_like
+
+    def matvec(self, v: PyTree) -> PyTree:
+        return self.operator.matvec(v)
+
+    def rmatvec(self, v: PyTree) -> PyTree:
+        return self.flipped.matvec(v)
+
+
+def _plain_symmetry_defect(operator: Operator) -> Float[Array, ""]:
+    """|⟨A x, y⟩ − ⟨x, A y⟩| / (‖A x‖ ‖y‖), which uses no transpose."""
+    x, y = random_like(operator.like, 0), random_like(operator.like, 1)
+    image = operator.matvec(x)
+    forward, backward = vector.dot(image, y), vector.dot(x, operator.matvec(y))
+    return jnp.abs(forward - backward) / _positive(vector.norm(image) * vector.norm(y))
+
+
+def _positive(size: Array) -> Array:
+    return jnp.where(size > 0, size, 1.0)
+
+
+def _rounding(operator: Operator) -> float:
+    """Some thousand units of rounding of the coarsest dtype."""
+    leaves = jax.tree.leaves((operator.like, operator.range_like))
+    return 4096 * max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves)
 
 
 def norm_estimate(operator: Operator, iterations: int = 20, seed: int = 0) -> Float[Array, ""]:
@@ -186,7 +331,7 @@ def norm_estimate(operator: Operator, iterations: int = 20, seed: int = 0) -> Fl
         return vector.scale(1.0 / jnp.where(norm > 0, norm, 1.0), image)
 
     v = jax.lax.fori_loop(0, iterations, step, random_like(operator.like, seed))
-    return vector.norm(operator.matvec(v)) / vector.norm(v)
+    return vector.norm(operator.matvec(v)) / _positive(vector.norm(v))
 
 
 def random_like(like: PyTree, seed: int) -> PyTree:

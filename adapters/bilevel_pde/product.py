@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import scipy.sparse as sp
 from jax.core import Tracer
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from bilevel import vector
 from bilevel.solver.base import IncompatibleError
@@ -61,6 +61,10 @@ class Product(Operator):
     def diagonal(self) -> None:
         """Unknown: it takes the product of the matrices."""
         return
+
+    def norm_bound(self) -> Float[Array, ""]:
+        """The product of the factors' bounds."""
+        return self.left.norm_bound() * self.right.norm_bound()
 
     def to_scipy(self) -> sp.csr_array:
         """The product of the matrices."""

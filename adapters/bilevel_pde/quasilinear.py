@@ -17,6 +17,7 @@ from bilevel.problem import InnerProblem
 from bilevel.solver.base import IncompatibleError, InnerSolver, default_tolerance
 from bilevel.solver.bicgstab import BiCGStab
 from bilevel.solver.linear import solve_linear
+from bilevel_pde.source import Near
 
 LINEARISATIONS = 50
 """The most of them where nobody named a number: Picard's iteration converges fast or never."""
@@ -72,6 +73,7 @@ class Quasilinear(InnerProblem):
             name="quasilinear system",
             residual=lambda x: vector.negative(self.residual(x, theta)),
             lagged=lagged,
+            near=lambda x: Near.of(self.system(x, theta)[0]),
         )
 
 
@@ -151,6 +153,7 @@ class Picard(InnerSolver):
         budget = default if self.linear_budget is None else self.linear_budget
         back = default if self.adjoint_budget is None else self.adjoint_budget
         guess = jax.lax.stop_gradient(state.x)
+        rhs = _moving_together(rhs, operator.matvec(guess))
 
         def forward(_: Any, rhs: Any) -> Any:
             solution, _ = solve_linear(operator, rhs, self.linear, budget, guess)
@@ -173,3 +176,13 @@ class Picard(InnerSolver):
     def default_budget(self, x0: PyTree) -> Budget:
         """To within rounding, in a few iterations."""
         return Budget(iterations=LINEARISATIONS, rtol=default_tolerance(x0))
+
+
+def _moving_together(rhs: PyTree, image: PyTree) -> PyTree:
+    """The right-hand side, every part of it perturbed where any part or the matrix is.
+
+    A linear solve can be transposed only if its whole right-hand side is linear, and zero, as
+    that of the continuity equation, is no linear function of anything.
+    """
+    anchor = sum(jnp.sum(leaf) for leaf in jax.tree.leaves((rhs, image)))
+    return jax.tree.map(lambda leaf: leaf + jnp.where(False, anchor, 0.0).astype(leaf.dtype), rhs)

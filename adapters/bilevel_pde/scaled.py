@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from bilevel import vector
 from bilevel_pde.operator import Operator
+from bilevel_pde.triangle import Part
 
 
 class Scaled(Operator):
@@ -65,6 +68,14 @@ class Scaled(Operator):
         rows, columns, values = self.operator.entries()
         return rows, columns, vector.scale(self.factor, values)
 
+    def triangle(self, part: Part, *, diagonal: bool) -> "Scaled":
+        """C times that of A."""
+        return Scaled(self.factor, self.operator.triangle(part, diagonal=diagonal))
+
+    def norm_bound(self) -> Float[Array, ""]:
+        """|c| times that of A."""
+        return jnp.abs(jnp.asarray(self.factor)) * self.operator.norm_bound()
+
     @property
     def symmetric(self) -> bool | None:
         """As of A."""
@@ -72,7 +83,13 @@ class Scaled(Operator):
 
     @property
     def positive_definite(self) -> bool | None:
-        """As of A where c is known and positive."""
-        if isinstance(self.factor, float | int | np.generic):
-            return self.operator.positive_definite if self.factor > 0 else None
-        return None
+        """As of A where c is known and positive; the sign of a traced c is not known."""
+        known = self.operator.positive_definite
+        # That A is not positive definite for another reason than its sign is -A's, too.
+        if self.symmetric is False or isinstance(self.factor, Tracer):
+            return False if self.symmetric is False else None
+        factor = float(np.asarray(self.factor))
+        if factor > 0:
+            return known
+        # Of the negative of a matrix that is not definite nothing is known.
+        return False if factor == 0 or known else None

@@ -3,10 +3,13 @@
 from typing import Any
 
 import jax
+import scipy.sparse as sp
 
+from bilevel.solver.base import IncompatibleError
 from bilevel_pde import structure
 from bilevel_pde.assembled import AssembledMatrix
 from bilevel_pde.diagonals import Diagonals
+from bilevel_pde.operator import Operator
 from bilevel_pde.padded_columns import PaddedColumns
 from bilevel_pde.segment_sum import SegmentSum
 from bilevel_pde.structure import Format
@@ -72,3 +75,37 @@ def from_scipy(
     chosen = structure.choose(csr, format)
     known = {"is_symmetric": symmetric, "is_positive_definite": positive_definite}
     return KINDS[chosen.format].of(csr, chosen, known)
+
+
+def concrete_matrix(owner: str, matrix: Any, instead: str = "") -> sp.csr_array:
+    """A square matrix, or an operator's, on the host.
+
+    **Arguments:**
+
+    - `owner`: who asks, for the message; `instead`: what else there is where it is traced.
+
+    **Raises:** `IncompatibleError` for a traced operator, `TypeError` for what is no matrix,
+    `ValueError` for one that is not square.
+    """
+    if isinstance(matrix, Operator):
+        try:
+            matrix = matrix.to_scipy()
+        except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+            msg = (
+                f"{owner} needs the numbers of its matrix, and these are traced. Make it outside "
+                f"of the traced function, of the matrix for one θ{instead}."
+            )
+            raise IncompatibleError(msg) from error
+    if not sp.issparse(matrix):
+        msg = (
+            f"{owner}: matrix should be a scipy.sparse matrix or an operator of bilevel_pde, got "
+            f"{type(matrix).__name__}."
+        )
+        raise TypeError(msg)
+    given: Any = matrix
+    csr: Any = sp.csr_array(given)
+    rows, columns = csr.shape
+    if rows != columns:
+        msg = f"{owner}: matrix should be square, got shape ({rows}, {columns})."
+        raise ValueError(msg)
+    return csr

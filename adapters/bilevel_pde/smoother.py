@@ -5,15 +5,17 @@ import itertools
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from bilevel.bound import BoundProblem
+from bilevel.solver.base import IncompatibleError
 from bilevel.solver.parameter import positive, whole
 from bilevel_pde.grid import Grid
 from bilevel_pde.operator import Operator
-from bilevel_pde.source import grid_operator
+from bilevel_pde.source import grid_operator, source_operator
 from bilevel_pde.stencil import Stencil
 
 
@@ -37,8 +39,11 @@ class Smoother(eqx.Module):
         **Raises:** `IncompatibleError` for an operator that is not on a grid.
         """
         del x
-        operator = grid_operator(problem, type(self).__name__)
+        operator = self._operator(problem)
         return lambda v: self.sweep(operator, None, v, backward=False)
+
+    def _operator(self, problem: BoundProblem) -> Operator:
+        return grid_operator(problem, type(self).__name__)
 
 
 class WeightedJacobi(Smoother):
@@ -79,7 +84,9 @@ class GaussSeidel(Smoother):
     """Gauss-Seidel in the order of colours: red before black, so that each colour is one step.
 
     Points of a colour do not see one another: two colours for a stencil along the axes, and
-    2ᵈ in d dimensions for one that reaches across corners.
+    2ᵈ in d dimensions for one that reaches across corners.  Of a matrix that is on no grid,
+    [`colouring`][] finds colours; with its order `"natural"` a sweep is a solve with the lower
+    triangle, and a backward one with the upper.
 
     **Arguments:**
 
@@ -87,6 +94,8 @@ class GaussSeidel(Smoother):
     - `sweeps`: how often, static.
     - `symmetric`: whether each sweep goes forth and back (SSOR), which conjugate gradients
         need of a preconditioner. Within a multigrid cycle it is symmetric anyway.
+    - `colours`: an integer for each unknown, shape (n,), as [`colouring`][] makes them; `None`
+        for those of the grid.
 
     >>> GaussSeidel(symmetric=True).weight
     1.0
@@ -95,28 +104,68 @@ class GaussSeidel(Smoother):
     weight: Float[Array, ""] | float = 1.0
     sweeps: int = eqx.field(static=True, default=1)
     symmetric: bool = eqx.field(static=True, default=False)
+    colours: Int[Array, " n"] | np.ndarray | None = None
+    _count: int = eqx.field(static=True, init=False, default=0)
+
+    def __post_init__(self) -> None:
+        """How many colours there are tells how many steps a sweep has."""
+        if self.colours is not None:
+            self._count = 1 + int(np.max(np.asarray(self.colours), initial=-1))
 
     def __check_init__(self) -> None:
         """Validate the parameters where they are concrete."""
         positive("GaussSeidel", "weight", self.weight)
         whole("GaussSeidel", "sweeps", self.sweeps)
+        if self.colours is not None and (
+            np.ndim(self.colours) != 1 or not jnp.issubdtype(self.colours.dtype, jnp.integer)
+        ):
+            msg = (
+                "GaussSeidel: colours should be an integer for each unknown, shape (n,), got "
+                f"{self.colours.dtype} of shape {self.colours.shape}."
+            )
+            raise ValueError(msg)
+
+    def _operator(self, problem: BoundProblem) -> Operator:
+        if self.colours is None:
+            return super()._operator(problem)
+        operator = source_operator(problem, "GaussSeidel")
+        if operator.shape[0] != self.colours.shape[0]:
+            msg = (
+                f"GaussSeidel: {self.colours.shape[0]} colours do not fit an operator with "
+                f"{operator.shape[0]} unknowns. Make them of its matrix with pde.colouring."
+            )
+            raise IncompatibleError(msg)
+        return operator
 
     def sweep(
         self, operator: Operator, x: Array | None, b: Array, *, backward: bool
     ) -> Float[Array, "..."]:
         """Colour after colour."""
-        colours = list(_colours(operator, b))
-        order = colours[::-1] if backward else colours
+        count = self._count if self.colours is not None else _count_of(operator, b)
+        order = list(range(count))[:: -1 if backward else 1]
         if self.symmetric:
-            order = [*order, *order[::-1]]
-        step = (self.weight / diagonal_of(operator)).astype(b.dtype)
-        for _ in range(self.sweeps):
-            for colour in order:
-                change = b if x is None else b - operator.matvec(x)
-                part = jnp.where(colour, step * change, 0.0)
-                x = part if x is None else x + part
-        assert x is not None
-        return x
+            order += order[::-1]
+        diagonal = diagonal_of(operator)
+        # Of an operator on vectors b may have several columns.
+        diagonal = diagonal.reshape(*diagonal.shape, *[1] * (b.ndim - diagonal.ndim))
+        step = (self.weight / diagonal).astype(b.dtype)
+
+        def updated(x: Array | None, colour: Array) -> Array:
+            part = jnp.where(colour, step * (b if x is None else b - operator.matvec(x)), 0.0)
+            return part if x is None else x + part
+
+        if self.colours is None:
+            masks = list(_colours(operator, b))
+            for colour in order * self.sweeps:
+                x = updated(x, masks[colour])
+            assert x is not None
+            return x
+        shape = b.shape if b.size == self.colours.shape[0] else (-1, *[1] * (b.ndim - 1))
+        colours = jnp.asarray(self.colours).reshape(shape)
+        # There may be many: a loop compiles one of them.
+        start = jnp.zeros_like(b) if x is None else x
+        every = jnp.asarray(order * self.sweeps, colours.dtype)
+        return jax.lax.scan(lambda x, k: (updated(x, colours == k), None), start, every)[0]
 
 
 class ChebyshevSmoother(Smoother):
@@ -164,16 +213,23 @@ class ChebyshevSmoother(Smoother):
         return found
 
 
+def _count_of(operator: Operator, like: Array) -> int:
+    return 2**like.ndim if _is_oblique(operator) else 2
+
+
+def _is_oblique(operator: Operator) -> bool:
+    return isinstance(operator, Stencil) and any(
+        sum(step != 0 for step in offset) > 1 for offset in operator.offsets
+    )
+
+
 def _colours(operator: Operator, like: Array) -> Any:
     """Masks of points that do not see one another."""
     parities = [
         (np.arange(size) % 2).reshape([-1 if d == axis else 1 for d in range(like.ndim)])
         for axis, size in enumerate(like.shape)
     ]
-    across = isinstance(operator, Stencil) and any(
-        sum(step != 0 for step in offset) > 1 for offset in operator.offsets
-    )
-    if not across:
+    if not _is_oblique(operator):
         parity = sum(parities) % 2
         return (jnp.asarray(parity == colour) for colour in (0, 1))
     corners = itertools.product((0, 1), repeat=like.ndim)

@@ -1,5 +1,9 @@
 """Source: the operator of this adapter that a problem was made of."""
 
+from typing import Any
+
+import equinox as eqx
+
 from bilevel.bound import BoundProblem
 from bilevel.solver.base import IncompatibleError
 from bilevel_pde.diffusion import Diffusion
@@ -7,8 +11,28 @@ from bilevel_pde.operator import Operator
 from bilevel_pde.stencil import Stencil
 
 
+class Near(eqx.Module):
+    """An operator of this adapter that is near a problem's own, for preconditioners only.
+
+    **Arguments:**
+
+    - `operator`: such as the matrix of a linearisation, whose Jacobian has other terms.
+    """
+
+    operator: Operator
+
+    @classmethod
+    def of(cls, operator: Any) -> "Near | None":
+        """The operator as a neighbour; `None` for one of another library."""
+        return cls(operator) if isinstance(operator, Operator) else None
+
+    def transposed(self) -> "Near":
+        """What is near the transpose."""
+        return Near(self.operator.transposed())
+
+
 def source_operator(problem: BoundProblem, name: str) -> Operator:
-    """The operator that the problem's linear system was given.
+    """The operator that the problem's linear system was given, or one near it.
 
     **Arguments:**
 
@@ -17,6 +41,8 @@ def source_operator(problem: BoundProblem, name: str) -> Operator:
     **Raises:** `IncompatibleError` where there is none of this adapter.
     """
     source = None if problem.operator is None else problem.operator.source
+    if isinstance(source, Near):
+        return source.operator
     if not isinstance(source, Operator):
         msg = (
             f"{name} cannot work on this {problem.name}: its operator is none of bilevel_pde. Give "

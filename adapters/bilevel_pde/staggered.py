@@ -151,6 +151,10 @@ class Gradient(Operator):
         """It is rectangular."""
         return
 
+    def entries(self) -> tuple[Any, Any, Array]:
+        """The matrix, which is known while tracing."""
+        return _listed(self.to_scipy())
+
     def to_scipy(self) -> sp.csr_array:
         """The matrix, from cells to the faces of component after component."""
         cells = self.staggered.cells
@@ -228,6 +232,10 @@ class Divergence(Operator):
         """It is rectangular."""
         return
 
+    def entries(self) -> tuple[Any, Any, Array]:
+        """The matrix, which is known while tracing."""
+        return _listed(self.to_scipy())
+
     def to_scipy(self) -> sp.csr_array:
         """The matrix, from the faces of component after component to cells."""
         return sp.csr_array(-Gradient(self.staggered).to_scipy().T)
@@ -250,6 +258,11 @@ class Divergence(Operator):
             sources = {(axis, 0): (-factor,), (axis, 1): (factor,)}
             total += insert(cells, sources, through)
         return total
+
+
+def _listed(matrix: sp.csr_array) -> tuple[Any, Any, Array]:
+    rows = np.repeat(np.arange(matrix.shape[0], dtype=np.int32), np.diff(matrix.indptr))
+    return rows, matrix.indices.astype(np.int32), jnp.asarray(matrix.data)
 
 
 def velocity_laplacian(staggered: Staggered) -> Block:

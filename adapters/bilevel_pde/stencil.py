@@ -16,6 +16,7 @@ from bilevel_pde.definiteness import Coefficients, Definiteness, Offset, examine
 from bilevel_pde.grid import Grid
 from bilevel_pde.operator import Operator
 from bilevel_pde.shift import shift, shift_piece
+from bilevel_pde.triangle import Part, mask
 
 Pieces = tuple[Any, ...]
 RowForm = Literal["plain", "weighted", "transposed"]
@@ -218,6 +219,34 @@ class Stencil(Operator):
             raise ValueError(msg)
         return insert(self.grid, dict(zip(self.sides, self.sources, strict=True)), values)
 
+    def entries(self) -> tuple[Any, Any, Array]:
+        """The coefficients offset by offset, without those that lead outside."""
+        grid = self.grid
+        rows: list[Any] = []
+        columns: list[Any] = []
+        values: list[Any] = []
+        points = np.arange(grid.size, dtype=np.int32).reshape(grid.shape)
+        for offset in self.offsets:
+            # Slices: indices of millions of points would become part of the program.
+            inside, targets = _reach(grid, offset)
+            rows.append(points[inside].reshape(-1))
+            columns.append(points[targets].reshape(-1))
+            values.append(self.coefficient(offset)[inside].reshape(-1))
+        return np.concatenate(rows), np.concatenate(columns), jnp.concatenate(values)
+
+    def triangle(self, part: Part, *, diagonal: bool) -> "Stencil":
+        """The offsets before or behind a point in C order; masked where an axis closes."""
+        terms: dict[Offset, Pieces] = {}
+        for offset, parts in self.terms.items():
+            kept = mask(self.grid, offset, part, diagonal=diagonal)
+            if kept is False:
+                continue
+            whole = kept is True
+            factor = None if whole else np.asarray(kept, self.grid.dtype)
+            terms[offset] = tuple(p if factor is None else p * factor for p in parts)
+        terms = terms or {(0,) * self.grid.ndim: (np.zeros((), self.grid.dtype),)}
+        return Stencil.folded(self.grid, terms, None, Definiteness())
+
     def to_scipy(self) -> sp.csr_array:
         """The matrix, for fields in C order."""
         grid = self.grid
@@ -332,6 +361,22 @@ class Stencil(Operator):
     @property
     def _periodic(self) -> tuple[bool, ...]:
         return tuple(self.grid.is_periodic(axis) for axis in range(self.grid.ndim))
+
+
+def _reach(grid: Grid, offset: Offset) -> tuple[tuple[slice, ...], Any]:
+    """The points from which an offset stays on the grid, and where it leads."""
+    inside: list[slice] = []
+    targets: list[Any] = []
+    for axis, (step, size) in enumerate(zip(offset, grid.shape, strict=True)):
+        index = np.arange(size)
+        if grid.is_periodic(axis):
+            inside.append(slice(None))
+            targets.append((index + step) % size)
+        else:
+            first, last = max(0, -step), max(min(size, size - step), 0)
+            inside.append(slice(first, max(first, last)))
+            targets.append(index[first:last] + step)
+    return tuple(inside), np.ix_(*targets)
 
 
 def _like(piece: Any, v: Array) -> Any:

@@ -6,10 +6,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from bilevel import vector
 from bilevel_pde.operator import Operator
+from bilevel_pde.triangle import Part
 
 
 class Sum(Operator):
@@ -80,14 +81,27 @@ class Sum(Operator):
         rows, columns = (joined([part[axis] for part in parts]) for axis in (0, 1))
         return rows, columns, jnp.concatenate([part[2] for part in parts])
 
+    def triangle(self, part: Part, *, diagonal: bool) -> "Sum":
+        """The sum of those of the terms."""
+        return Sum(tuple(term.triangle(part, diagonal=diagonal) for term in self.terms))
+
+    def norm_bound(self) -> Float[Array, ""]:
+        """The sum of the terms' bounds."""
+        return functools.reduce(jnp.add, (term.norm_bound() for term in self.terms))
+
     @property
     def symmetric(self) -> bool | None:
-        """Whether every term is."""
-        return True if all(term.symmetric for term in self.terms) else None
+        """Whether every term is; not where just one is not."""
+        known = [term.symmetric for term in self.terms]
+        if all(known):
+            return True
+        return False if known.count(False) == 1 and known.count(None) == 0 else None
 
     @property
     def positive_definite(self) -> bool | None:
         """Whether every term is."""
+        if self.symmetric is False:
+            return False
         return True if all(term.positive_definite for term in self.terms) else None
 
 

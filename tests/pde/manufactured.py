@@ -10,6 +10,11 @@ import bilevel_pde as pde
 D, N, P, R = pde.Dirichlet(), pde.Neumann(), pde.Periodic(), pde.Robin(1.5, 0.5)
 
 
+def normal(shape, seed=0):
+    """Random numbers that are the same in any order of tests."""
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
 def smooth(p):
     """Neither odd nor even at any side."""
     return jnp.sin(1.3 * p[0] + 0.4) + sum((0.5 + d) * x**2 + x for d, x in enumerate(p))
@@ -22,8 +27,9 @@ def around(p):
 
 def at(grid, function):
     """A function of a point at those of a grid."""
-    points = jnp.stack([x.ravel() for x in grid.mesh()], -1)
-    return jax.jit(jax.vmap(function))(points).reshape(grid.shape)
+    mesh = np.meshgrid(*map(np.asarray, grid.coordinates()), indexing="ij")
+    values = jax.jit(jax.vmap(function))(np.stack([x.ravel() for x in mesh], -1))
+    return jnp.asarray(np.asarray(values).reshape(grid.shape))
 
 
 def boundary_values(grid, exact):
@@ -33,11 +39,11 @@ def boundary_values(grid, exact):
         for side, kind in enumerate(pair):
             if isinstance(kind, pde.Periodic):
                 continue
-            lines = list(grid.coordinates())
-            lines[axis] = jnp.array([grid.origin[axis] + side * grid.extent[axis]])
-            points = jnp.stack([x.ravel() for x in jnp.meshgrid(*lines, indexing="ij")], -1)
-            u = jax.vmap(exact)(points)
-            slope = jax.vmap(jax.grad(exact))(points)[:, axis] * (1 if side else -1)
+            lines = [np.asarray(x) for x in grid.coordinates()]
+            lines[axis] = np.array([grid.origin[axis] + side * grid.extent[axis]])
+            points = np.stack([x.ravel() for x in np.meshgrid(*lines, indexing="ij")], -1)
+            u, slopes = jax.jit(jax.vmap(jax.value_and_grad(exact)))(points)
+            u, slope = np.asarray(u), np.asarray(slopes)[:, axis] * (1 if side else -1)
             value = {
                 pde.Dirichlet: lambda u, s, k: u,
                 pde.Neumann: lambda u, s, k: s,

@@ -9,10 +9,9 @@ import bilevel as bl
 import bilevel_pde as pde
 from bilevel.testing import taylor_test
 
-pytestmark = pytest.mark.slow
-
 P = pde.Periodic()
 K = 2 * np.pi
+CONSERVATIVE_NEWTON = {"differences": "central", "conservative": True, "linearization": "newton"}
 
 
 def cole_hopf(grid, time, viscosity):
@@ -41,16 +40,16 @@ def last(trajectory):
 @pytest.mark.parametrize(
     ("ndim", "options", "sizes", "order"),
     [
-        (1, {"differences": "central"}, (32, 64), 2),
-        (
-            1,
-            {"differences": "central", "conservative": True, "linearization": "newton"},
-            (32, 64),
-            2,
-        ),
         (1, {"differences": "central", "outer_budget": 1}, (32, 64), 2),
-        (1, {"differences": "upwind", "outer_budget": 1}, (128, 256), 1),
-        (2, {"differences": "central", "linearization": "newton"}, (16, 32), 2),
+        *(
+            pytest.param(ndim, options, sizes, order, marks=pytest.mark.slow)
+            for ndim, options, sizes, order in (
+                (1, {"differences": "central"}, (32, 64), 2),
+                (1, CONSERVATIVE_NEWTON, (32, 64), 2),
+                (1, {"differences": "upwind", "outer_budget": 1}, (128, 256), 1),
+                (2, {"differences": "central", "linearization": "newton"}, (16, 32), 2),
+            )
+        ),
     ],
 )
 def test_cole_hopf_solution_with_the_order_of_the_scheme(ndim, options, sizes, order):
@@ -68,6 +67,7 @@ def test_cole_hopf_solution_with_the_order_of_the_scheme(ndim, options, sizes, o
     assert abs(np.log2(errors[0] / errors[1]) - order) < 0.1, errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("linearization", "outer_budget"), [("picard", 1), ("newton", None)])
 def test_order_in_time(linearization, outer_budget):
     """Of steps halved twice on one grid: both forms are of first order."""
@@ -89,6 +89,7 @@ def test_order_in_time(linearization, outer_budget):
     assert abs(np.log2(distance(coarse, middle) / distance(middle, fine)) - 1) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("differences", "outer_budget"), [("upwind", 1), ("central", None)])
 def test_conservative_form_conserves_momentum(differences, outer_budget):
     grid = pde.Grid(24, boundary=P)
@@ -153,11 +154,16 @@ def dense_gradient(grid, point, *, iterations, frozen=False):
 @pytest.mark.parametrize(
     ("options", "iterations", "frozen"),
     [
-        ({"derivative": "implicit"}, 40, False),
-        ({"derivative": "implicit", "linearization": "newton"}, 40, False),
         ({"derivative": "unrolled", "outer_budget": 1}, 1, False),
-        ({"derivative": "unrolled", "outer_budget": 3}, 3, False),
-        ({"derivative": "frozen"}, 40, True),
+        *(
+            pytest.param(options, iterations, frozen, marks=pytest.mark.slow)
+            for options, iterations, frozen in (
+                ({"derivative": "implicit"}, 40, False),
+                ({"derivative": "implicit", "linearization": "newton"}, 40, False),
+                ({"derivative": "unrolled", "outer_budget": 3}, 3, False),
+                ({"derivative": "frozen"}, 40, True),
+            )
+        ),
     ],
 )
 def test_derivative_is_that_of_dense_algebra(options, iterations, frozen):
@@ -175,6 +181,7 @@ def test_derivative_is_that_of_dense_algebra(options, iterations, frozen):
     assert (slope < 1.1) if frozen else (slope >= 1.95)
 
 
+@pytest.mark.slow
 def test_detached_steps_are_constants():
     grid, point = setting()
     value, gradient = jax.value_and_grad(loss_of(grid, derivative="detached"))(point)
@@ -182,6 +189,7 @@ def test_detached_steps_are_constants():
     assert all(not jnp.any(leaf) for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_boundary_values_and_two_components():
     """Between walls that move along, a uniform flow stays as it is."""
     grid = pde.Grid((5, 4))

@@ -14,9 +14,9 @@ from hypothesis import given
 import bilevel as bl
 import bilevel_pde as pde
 from bilevel_pde import structure
+from tests.pde.manufactured import normal
 
 FORMATS = ("diagonals", "padded_columns", "segment_sum")
-RANDOM = np.random.default_rng(0)
 
 
 def random_matrix(rows=12, columns=12, density=0.25, seed=0):
@@ -99,7 +99,7 @@ def test_products_with_renumbered_unknowns(renumbered):
 
 def check_products(operator, matrix, rtol):
     rows, columns = matrix.shape
-    v, w = RANDOM.standard_normal(columns), RANDOM.standard_normal(rows)
+    v, w = normal(columns), normal(rows, 1)
     v, w = v.astype(matrix.dtype), w.astype(matrix.dtype)
     many = np.stack([v, 2 * v + 1, v**2], axis=1)
     scale = abs(matrix).sum()
@@ -140,9 +140,9 @@ def test_derivatives_are_those_of_the_dense_product(name, layout):
     matrix = MATRICES[name]
     operator = pde.from_scipy(matrix, format=layout)
     rows, columns = rows_of(matrix), matrix.indices
-    v = jnp.asarray(RANDOM.standard_normal(matrix.shape[1]))
-    w = jnp.asarray(RANDOM.standard_normal(matrix.shape[0]))
-    values = jnp.asarray(RANDOM.standard_normal(matrix.nnz))
+    v = jnp.asarray(normal(matrix.shape[1]))
+    w = jnp.asarray(normal(matrix.shape[0], 1))
+    values = jnp.asarray(normal(matrix.nnz, 2))
 
     def sparse(values, v):
         return w @ jnp.sin(operator.with_values(values).matvec(v))
@@ -164,7 +164,7 @@ def test_derivatives_are_those_of_the_dense_product(name, layout):
 def test_gradient_with_respect_to_the_operator_leaves_padding_alone(layout):
     matrix = MATRICES["long row"]
     operator = pde.from_scipy(matrix, format=layout)
-    v = jnp.asarray(RANDOM.standard_normal(20))
+    v = jnp.asarray(normal(20))
     gradient = eqx.filter_grad(lambda o: jnp.sum(o.matvec(v) ** 2))(operator)
     moved = eqx.apply_updates(operator, gradient)
     product = matrix @ v
@@ -229,7 +229,7 @@ def test_a_mesh_in_random_order_is_renumbered():
     matrix = sp.csr_array(sp.kron(line, line))[order][:, order]
     operator = pde.from_scipy(matrix)
     assert operator.layout.order is not None
-    v = RANDOM.standard_normal(points * points)
+    v = normal(points * points)
     np.testing.assert_allclose(operator.matvec(v), matrix @ v, rtol=1e-12, atol=1e-12)
 
 
@@ -237,7 +237,7 @@ def test_symmetry_is_looked_at_to_rounding():
     symmetric = MATRICES["symmetric"]
     assert pde.from_scipy(symmetric).symmetric is True
     noisy = symmetric.copy()
-    noisy.data = noisy.data * (1 + 1e-16 * RANDOM.standard_normal(noisy.nnz))
+    noisy.data = noisy.data * (1 + 1e-16 * normal(noisy.nnz))
     assert pde.from_scipy(noisy).symmetric is True
     noisy.data[1] += 1e-9
     assert pde.from_scipy(noisy).symmetric is False

@@ -92,7 +92,9 @@ def settings(point):
     return {name: value for name, value in point.items() if name != "u"}
 
 
-@pytest.mark.parametrize("scheme", ORDERS)
+@pytest.mark.parametrize(
+    "scheme", [pytest.param("implicit_euler", marks=pytest.mark.slow), "crank_nicolson"]
+)
 def test_gradient_of_a_rollout_is_that_of_dense_algebra_and_passes_taylor(scheme):
     grid, point = parts()
 
@@ -127,6 +129,7 @@ def test_dtype_stays():
     assert gradient.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_multigrid_preconditions_the_step_and_its_adjoint():
     grid = pde.Grid((15, 15))
     u = pde.boxes(jax.random.key(0), grid)

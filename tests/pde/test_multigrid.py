@@ -9,12 +9,16 @@ import scipy.sparse.linalg as spla
 import bilevel as bl
 import bilevel_pde as pde
 from bilevel_pde.weighting import as_discretised
-from tests.pde.manufactured import D, N, P, R
+from tests.pde.manufactured import D, N, P, R, normal
 
-RANDOM = np.random.default_rng(0)
 MULTIGRID = pde.Multigrid()
 CG = bl.ConjugateGradient(preconditioner=MULTIGRID)
 MIXED = [(D, N), P]
+SLOW_LINE = pytest.param(pde.Grid(50), marks=pytest.mark.slow)
+
+
+def positive(shape):
+    return np.random.default_rng(1).uniform(0.5, 2.0, shape)
 
 
 def cycle(operator, multigrid=MULTIGRID):
@@ -34,6 +38,28 @@ def solved(operator, b, solver=CG, rtol=1e-8):
     return solution
 
 
+def iterations(operator, b, rtol=1e-8):
+    """Of preconditioned conjugate gradients in NumPy, which spares compiling the solver's."""
+    inverse = jax.jit(as_discretised(operator, MULTIGRID._inverse))
+
+    def precondition(r):
+        return np.ravel(inverse(r.reshape(b.shape)))
+
+    matrix, residual = operator.to_scipy(), b.ravel()
+    direction = z = precondition(residual)
+    x, energy, size = np.zeros(b.size), residual @ z, np.linalg.norm(b)
+    for count in range(40):
+        if np.linalg.norm(residual) <= rtol * size:
+            return count, x
+        image = matrix @ direction
+        step = energy / (direction @ image)
+        x, residual = x + step * direction, residual - step * image
+        z = precondition(residual)
+        energy, before = residual @ z, energy
+        direction = z + energy / before * direction
+    return 40, x
+
+
 def volumes(grid):
     return np.prod(np.broadcast_arrays(*grid.weights()), axis=0)
 
@@ -43,13 +69,13 @@ def volumes(grid):
     [
         ("V", pde.ChebyshevSmoother()),
         ("W", pde.WeightedJacobi()),
-        ("F", pde.WeightedJacobi()),
-        ("V", pde.GaussSeidel()),
+        pytest.param("F", pde.WeightedJacobi(), marks=pytest.mark.slow),
+        pytest.param("V", pde.GaussSeidel(), marks=pytest.mark.slow),
     ],
 )
 def test_cycles_are_symmetric_and_contract(kind, smoother):
     grid = pde.Grid((18, 9), 1.0, [(D, N), D], "cell")
-    k = jnp.asarray(RANDOM.uniform(0.5, 2.0, grid.shape))
+    k = jnp.asarray(positive(grid.shape))
     operator = pde.Diffusion(grid, k)
     inverse = cycle(operator, pde.Multigrid(smoother, cycle=kind))
     np.testing.assert_allclose(inverse, inverse.T, atol=1e-13 * np.abs(inverse).max())
@@ -57,10 +83,16 @@ def test_cycles_are_symmetric_and_contract(kind, smoother):
     assert 0.4 < error.min() < error.max() < 1.4
 
 
-@pytest.mark.parametrize("make", [lambda g: -pde.laplacian(g), lambda g: pde.Diffusion(g, 1.0)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda g: -pde.laplacian(g), marks=pytest.mark.slow),
+        lambda g: pde.Diffusion(g, 1.0),
+    ],
+)
 def test_weighted_and_transposed_forms_have_the_plain_cycle(make):
     """Vertices on Neumann and Robin sides: rows of half a control volume."""
-    grid = pde.Grid((16, 9), 1.0, [(D, N), R])
+    grid = pde.Grid((9, 8), 1.0, [(D, N), R])
     operator, weights = make(grid), volumes(grid).ravel()
     plain = cycle(operator)
     scale = np.abs(plain).max()
@@ -69,24 +101,28 @@ def test_weighted_and_transposed_forms_have_the_plain_cycle(make):
     np.testing.assert_allclose(symmetric, symmetric.T, atol=1e-12 * scale)
     np.testing.assert_allclose(cycle(operator.weighted()), symmetric, atol=1e-12 * scale)
     np.testing.assert_allclose(cycle(operator.transposed()), plain.T, atol=1e-12 * scale)
-    np.testing.assert_allclose(cycle(2.0 * operator.weighted()), symmetric / 2, atol=1e-12 * scale)
 
 
 @pytest.mark.parametrize(
     ("boundary", "centering"),
-    [(D, "vertex"), (N, "cell"), (P, "vertex"), (MIXED, "cell")],
+    [
+        (MIXED, "cell"),
+        pytest.param(P, "vertex", marks=pytest.mark.slow),
+        pytest.param(D, "vertex", marks=pytest.mark.slow),
+        pytest.param(N, "cell", marks=pytest.mark.slow),
+    ],
 )
 def test_iterations_do_not_grow(boundary, centering):
     counts = []
-    for n in (16, 64):
+    for n in (8, 32):
         grid = pde.Grid((n, n), 1.0, boundary, centering)
-        b = RANDOM.standard_normal(grid.shape)
+        b = normal(grid.shape)
         operator = -pde.laplacian(grid)
         b = b - b.mean() if operator.singular else b
-        solution = solved(operator, jnp.asarray(b))
+        count, x = iterations(operator, b)
         if operator.singular:
-            np.testing.assert_allclose(jnp.mean(solution.value), 0, atol=1e-12)
-        counts.append(int(solution.iterations))
+            np.testing.assert_allclose(np.mean(x), 0, atol=1e-12)
+        counts.append(count)
     assert max(counts) <= 9
     assert max(counts) - min(counts) <= 2
 
@@ -97,7 +133,7 @@ def test_iterations_do_not_grow_to_fine_grids(boundary):
     counts = []
     for n in (32, 64, 128, 256, 255):
         grid = pde.Grid((n, n), 1.0, boundary, "cell")
-        b = RANDOM.standard_normal(grid.shape)
+        b = normal(grid.shape)
         operator = -pde.laplacian(grid)
         b = b - b.mean() if operator.singular else b
         counts.append(int(solved(operator, jnp.asarray(b)).iterations))
@@ -105,11 +141,11 @@ def test_iterations_do_not_grow_to_fine_grids(boundary):
     assert max(counts) - min(counts) <= 2
 
 
-@pytest.mark.parametrize("boundary", [N, MIXED])
+@pytest.mark.parametrize("boundary", [N, pytest.param(MIXED, marks=pytest.mark.slow)])
 def test_vertices_on_neumann_sides(boundary):
     grid = pde.Grid((17, 16), 1.0, boundary)
     operator, weights = -pde.laplacian(grid), volumes(grid)
-    b = RANDOM.standard_normal(grid.shape)
+    b = normal(grid.shape)
     b = b - np.sum(weights * b) / np.sum(weights) if operator.singular else b
     assert int(solved(operator.weighted(), jnp.asarray(weights * b)).iterations) <= 8
 
@@ -119,7 +155,7 @@ def test_vertices_on_neumann_sides(boundary):
 def test_vertices_on_neumann_sides_unsymmetric(boundary):
     grid = pde.Grid((17, 16), 1.0, boundary)
     operator, weights = -pde.laplacian(grid), volumes(grid)
-    b = RANDOM.standard_normal(grid.shape)
+    b = normal(grid.shape)
     b = b - np.sum(weights * b) / np.sum(weights) if operator.singular else b
     stabilised = bl.BiCGStab(preconditioner=MULTIGRID)
     assert int(solved(operator, jnp.asarray(b), stabilised).iterations) <= 6
@@ -127,25 +163,25 @@ def test_vertices_on_neumann_sides_unsymmetric(boundary):
     assert int(solved(operator.transposed(), jnp.asarray(back), stabilised).iterations) <= 6
 
 
-@pytest.mark.parametrize("grid", [pde.Grid(100), pde.Grid((10, 8, 9), 1.0, [D, P, (N, D)])])
+@pytest.mark.parametrize("grid", [SLOW_LINE, pde.Grid((10, 8, 9), 1.0, [D, P, (N, D)])])
 def test_one_and_three_dimensions(grid):
-    k = jnp.asarray(RANDOM.uniform(0.5, 2.0, grid.shape))
-    b = jnp.asarray(volumes(grid) * RANDOM.standard_normal(grid.shape))
+    k = jnp.asarray(positive(grid.shape))
+    b = jnp.asarray(volumes(grid) * normal(grid.shape))
     assert int(solved(pde.Diffusion(grid, k).weighted(), b).iterations) <= 12
 
 
 def test_as_a_solver():
-    grid = pde.Grid((31, 31))
-    b = jnp.asarray(RANDOM.standard_normal(grid.shape))
+    grid = pde.Grid((15, 15))
+    b = jnp.asarray(normal(grid.shape))
     solution = solved(-pde.laplacian(grid), b, bl.Richardson(1.0, preconditioner=MULTIGRID))
     assert int(solution.iterations) <= 12
 
 
 def test_hypergradients_of_source_coefficient_and_boundary_values():
     grid = pde.Grid((12, 11), 1.0, [(D, N), D], "cell")
-    k0 = RANDOM.uniform(0.5, 2.0, grid.shape)
-    b0, weights = RANDOM.standard_normal((2, *grid.shape))
-    values = {(0, 0): RANDOM.standard_normal(11), (0, 1): RANDOM.standard_normal(11)}
+    k0 = positive(grid.shape)
+    b0, weights = normal((2, *grid.shape), 4)
+    values = {(0, 0): normal(11, 2), (0, 1): normal(11, 3)}
     theta = jax.tree.map(jnp.asarray, {"k": k0, "b": b0, "g": list(values.values())})
 
     def system(t):
@@ -190,7 +226,7 @@ def test_hypergradients_of_source_coefficient_and_boundary_values():
 def test_adjoint_of_advection_and_diffusion(solver, boundary):
     grid = pde.Grid((9, 8), 1.0, [boundary, D])
     base = -pde.laplacian(grid) + pde.advection(grid, (8.0, -5.0))
-    b, weights = jnp.asarray(RANDOM.standard_normal((2, *grid.shape)))
+    b, weights = jnp.asarray(normal((2, *grid.shape)))
     budget = bl.Budget(25, rtol=1e-12)
     problem = bl.LinearSystem(lambda t: base + t[0] * pde.identity(grid), lambda t: t[1])
 
@@ -219,8 +255,10 @@ def test_levels_and_build():
     direct = cycle(operator, pde.Multigrid(levels=1))
     np.testing.assert_allclose(direct @ operator.to_scipy().toarray(), np.eye(256), atol=1e-10)
     # What is found by itself may be given.
-    given = pde.Multigrid(build=lambda g: -pde.laplacian(g))
-    np.testing.assert_allclose(cycle(operator, given), cycle(operator), atol=1e-13)
+    given = pde.Multigrid(build=lambda g: -pde.laplacian(g)).hierarchy(operator)
+    for (found, _), (own, _) in zip(given, MULTIGRID.hierarchy(operator), strict=True):
+        difference = found.to_scipy() - own.to_scipy()
+        assert abs(difference).max() < 1e-12 * abs(own.to_scipy()).max()
 
 
 def test_refusals():

@@ -1,23 +1,25 @@
 """Smoothers against formulas with dense matrices, their symmetry, and as solvers."""
 
+import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.sparse as sp
 
 import bilevel as bl
 import bilevel_pde as pde
 from tests.pde.manufactured import D, N, P
 
-RANDOM = np.random.default_rng(0)
 GRIDS = [pde.Grid((5, 4)), pde.Grid((4, 6), 1.0, [(D, N), P], "cell"), pde.Grid(7)]
 
 
 def operators():
+    generator = np.random.default_rng(0)
     for grid in GRIDS:
-        k = jnp.asarray(RANDOM.uniform(0.5, 2.0, grid.shape))
+        k = jnp.asarray(generator.uniform(0.5, 2.0, grid.shape))
         yield pde.Diffusion(grid, k)
         yield 3.0 * pde.identity(grid) - pde.laplacian(grid)
     corners = dict.fromkeys(itertools.product((-1, 0, 1), repeat=2), -1.0) | {(0, 0): 9.0}
@@ -27,29 +29,19 @@ def operators():
 OPERATORS = list(operators())
 
 
-def applied(smoother, operator):
-    """M⁻¹ as a dense matrix, by `at`."""
-    problem = bound(operator)
+@functools.cache
+def applied(smoother, number):
+    """M⁻¹ of one of the operators as a dense matrix, by `at`."""
+    operator = OPERATORS[number] if isinstance(number, int) else number
     shape = operator.grid.shape
-    inverse = smoother.at(problem, jnp.zeros(shape))
-    columns = jax.jit(jax.vmap(inverse))(jnp.eye(operator.grid.size).reshape(-1, *shape))
+
+    @jax.jit
+    def apply(columns):
+        problem = bl.LinearSystem(operator, jnp.ones(shape)).at(None)
+        return jax.vmap(smoother.at(problem, jnp.zeros(shape)))(columns)
+
+    columns = apply(np.eye(operator.grid.size).reshape(-1, *shape))
     return np.asarray(columns).reshape(operator.grid.size, -1).T
-
-
-def bound(operator):
-    """The problem as solvers see it."""
-    seen = []
-
-    class Keep:
-        def at(self, problem, x):
-            seen.append(problem)
-            return lambda v: v
-
-    problem = bl.LinearSystem(operator, jnp.ones(operator.grid.shape))
-    solver = bl.Richardson(0.1, preconditioner=Keep())
-    with jax.disable_jit():
-        bl.solve(problem, None, jnp.zeros(operator.grid.shape), solver=solver, budget=bl.Budget(1))
-    return seen[0]
 
 
 def colours_of(operator):
@@ -68,26 +60,29 @@ def sequential(matrix, order, b, weight, x):
     return x
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_weighted_jacobi_is_its_formula(operator):
+@pytest.mark.parametrize("number", range(len(OPERATORS)))
+def test_weighted_jacobi_is_its_formula(number):
+    operator = OPERATORS[number]
     matrix = operator.to_scipy().toarray()
     scaled = np.diag(1 / np.diag(matrix))
     identity = np.eye(len(matrix))
-    for weight, omega in ((None, {1: 2 / 3, 2: 4 / 5}[operator.grid.ndim]), (0.5, 0.5)):
+    own = {1: 2 / 3, 2: 4 / 5}[operator.grid.ndim]
+    for weight, omega in ((None, own), (0.5, 0.5))[: 1 + (number == 0)]:
         error = np.linalg.matrix_power(identity - omega * scaled @ matrix, 3)
         expected = (identity - error) @ np.linalg.inv(matrix)
-        got = applied(pde.WeightedJacobi(weight, sweeps=3), operator)
+        got = applied(pde.WeightedJacobi(weight, sweeps=3), number)
         np.testing.assert_allclose(got, expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("number", range(len(OPERATORS)))
 @pytest.mark.parametrize(("weight", "symmetric"), [(1.0, False), (1.3, True)])
-def test_colours_are_sequential_gauss_seidel_in_their_order(operator, weight, symmetric):
+def test_colours_are_sequential_gauss_seidel_in_their_order(number, weight, symmetric):
+    operator = OPERATORS[number]
     matrix = operator.to_scipy().toarray()
     order = np.argsort(colours_of(operator), kind="stable")
     back = order[::-1]
     smoother = pde.GaussSeidel(weight, sweeps=2, symmetric=symmetric)
-    b, start = RANDOM.standard_normal((2, len(matrix)))
+    b, start = np.random.default_rng(1).standard_normal((2, len(matrix)))
     shape = operator.grid.shape
     for x0, backward in itertools.product((None, start), (False, True)):
         expected = np.zeros_like(b) if x0 is None else x0
@@ -95,13 +90,15 @@ def test_colours_are_sequential_gauss_seidel_in_their_order(operator, weight, sy
             for one in ((back, order) if backward else (order, back))[: 1 + symmetric]:
                 expected = sequential(matrix, one, b, weight, expected)
         given = None if x0 is None else jnp.asarray(x0.reshape(shape))
+        # Not compiled as a whole: that many steps take long.
         got = smoother.sweep(operator, given, jnp.asarray(b.reshape(shape)), backward=backward)
         np.testing.assert_allclose(np.ravel(got), expected, atol=1e-11)
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("number", range(len(OPERATORS)))
 @pytest.mark.parametrize("degree", [1, 2, 4])
-def test_chebyshev_is_its_polynomial(operator, degree):
+def test_chebyshev_is_its_polynomial(number, degree):
+    operator = OPERATORS[number]
     matrix = operator.to_scipy().toarray()
     scaled = matrix / np.diag(matrix)[:, None]
     upper, part = 2.0, 0.25
@@ -111,30 +108,30 @@ def test_chebyshev_is_its_polynomial(operator, degree):
     errors = polynomial((centre - values.real) / radius) / polynomial(centre / radius)
     expected = vectors @ np.diag((1 - errors) / values) @ np.linalg.inv(vectors)
     expected = expected.real / np.diag(matrix)[None, :]
-    got = applied(pde.ChebyshevSmoother(degree), operator)
+    got = applied(pde.ChebyshevSmoother(degree), number)
     np.testing.assert_allclose(got, expected, atol=1e-11)
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("number", range(len(OPERATORS)))
 @pytest.mark.parametrize(
     "smoother",
     [pde.WeightedJacobi(), pde.GaussSeidel(1.2, symmetric=True), pde.ChebyshevSmoother()],
 )
-def test_symmetric_smoothers_are_symmetric(operator, smoother):
-    inverse = applied(smoother, operator)
+def test_symmetric_smoothers_are_symmetric(number, smoother):
+    inverse = applied(smoother, number)
     np.testing.assert_allclose(inverse, inverse.T, atol=1e-13)
     assert np.linalg.eigvalsh(inverse)[0] > 0
 
 
 def test_one_way_gauss_seidel_is_not_symmetric_and_its_reverse_is_the_transpose():
     operator = OPERATORS[0]
-    forward, smoother = applied(pde.GaussSeidel(), operator), pde.GaussSeidel()
+    forward, smoother = applied(pde.GaussSeidel(), 0), pde.GaussSeidel()
     shape = operator.grid.shape
 
     def backward(v):
         return smoother.sweep(operator, None, v, backward=True)
 
-    columns = jax.vmap(backward)(jnp.eye(operator.grid.size).reshape(-1, *shape))
+    columns = jax.jit(jax.vmap(backward))(jnp.eye(operator.grid.size).reshape(-1, *shape))
     reverse = np.asarray(columns).reshape(operator.grid.size, -1).T
     np.testing.assert_allclose(reverse, forward.T, atol=1e-13)
     assert np.abs(forward - forward.T).max() > 1e-3
@@ -147,7 +144,7 @@ def test_one_way_gauss_seidel_is_not_symmetric_and_its_reverse_is_the_transpose(
 def test_as_solvers(smoother):
     grid = pde.Grid((7, 7))
     operator = -pde.laplacian(grid)
-    b = jnp.asarray(RANDOM.standard_normal(grid.shape))
+    b = jnp.asarray(np.random.default_rng(0).standard_normal(grid.shape))
     solution = bl.solve(
         bl.LinearSystem(operator, b),
         None,
@@ -195,7 +192,69 @@ def test_refuses_an_operator_without_a_grid():
 def test_odd_periodic_axis_and_two_colours():
     """Neighbours across the seam share a colour: still a convergent iteration, and symmetric."""
     operator = pde.identity(pde.Grid(5, boundary=P)) - 0.1 * pde.laplacian(pde.Grid(5, boundary=P))
-    inverse = applied(pde.GaussSeidel(symmetric=True), operator)
+    inverse = applied.__wrapped__(pde.GaussSeidel(symmetric=True), operator)
     np.testing.assert_allclose(inverse, inverse.T, atol=1e-13)
     error = np.eye(5) - inverse @ operator.to_scipy().toarray()
     assert np.abs(np.linalg.eigvals(error)).max() < 1
+
+
+def random_pattern(size=12):
+    generator = np.random.default_rng(2)
+    matrix = sp.random_array((size, size), density=0.2, rng=generator, format="csr")
+    return sp.csr_array(matrix + sp.diags_array(np.full(size, 4.0)))
+
+
+@pytest.mark.parametrize("order", ["greedy", "natural"])
+def test_colours_of_a_matrix(order):
+    """No entry joins two of a colour; natural levels come before what they are needed for."""
+    matrix = random_pattern()
+    colours = pde.colouring(matrix, order)
+    rows, columns = (matrix - sp.diags_array(matrix.diagonal())).nonzero()
+    assert np.all(colours[rows] != colours[columns])
+    assert set(colours) == set(range(colours.max() + 1))
+    if order == "natural":
+        below = rows > columns
+        assert np.all(colours[rows[below]] > colours[columns[below]])
+    else:
+        assert colours.max() <= np.diff(sp.csr_array(matrix + matrix.T).indptr).max()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_natural_colours_solve_with_the_triangles(symmetric):
+    """One sweep from zero is (D/ω + L)⁻¹, a symmetric one SSOR, also of several columns."""
+    matrix, weight = random_pattern(), 1.2
+    operator = pde.from_scipy(matrix)
+    colours = pde.colouring(operator, "natural")
+    smoother = pde.GaussSeidel(weight, symmetric=symmetric, colours=colours)
+    dense, b = matrix.toarray(), np.random.default_rng(3).standard_normal((12, 2))
+    scaled = np.diag(np.diag(dense)) / weight
+    expected = np.linalg.solve(scaled + np.tril(dense, -1), b)
+    if symmetric:
+        rest = b - dense @ expected
+        expected = expected + np.linalg.solve(scaled + np.triu(dense, 1), rest)
+
+    @jax.jit
+    def apply(values, b):
+        problem = bl.LinearSystem(operator.with_values(values), b).at(None)
+        return smoother.at(problem, b)(b)
+
+    np.testing.assert_allclose(apply(operator.values, b), expected, atol=1e-13)
+    back = smoother.sweep(operator, None, jnp.asarray(b[:, 0]), backward=True)
+    if not symmetric:
+        upper = np.linalg.solve(scaled + np.triu(dense, 1), b[:, 0])
+        np.testing.assert_allclose(back, upper, atol=1e-13)
+
+
+def test_refused_colours():
+    with pytest.raises(ValueError, match="'greedy' or 'natural', got 'random'"):
+        pde.colouring(random_pattern(), "random")
+    with pytest.raises(TypeError, match="got ndarray"):
+        pde.colouring(np.eye(3))
+    with pytest.raises(ValueError, match="an integer for each unknown"):
+        pde.GaussSeidel(colours=np.ones((2, 2)))
+    operator = pde.from_scipy(random_pattern())
+    problem = bl.LinearSystem(operator, jnp.ones(12)).at(None)
+    with pytest.raises(bl.IncompatibleError, match="3 colours do not fit an operator with 12"):
+        pde.GaussSeidel(colours=np.arange(3)).at(problem, jnp.ones(12))
+    with pytest.raises(bl.IncompatibleError, match="traced"):
+        jax.jit(lambda t: pde.colouring(t * operator))(1.0)

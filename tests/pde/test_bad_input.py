@@ -1,0 +1,180 @@
+"""Bad input: a clear error, a status that says so, or the right answer; never a plausible number.
+
+What constructors refuse is with each of them; here is what meets a solver.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+import bilevel as bl
+import bilevel_pde as pde
+from tests.pde.manufactured import D, N, P, R, normal
+
+CG, DIRECT = bl.ConjugateGradient(), pde.SparseDirect()
+
+
+def solved(operator, b, solver, **budget):
+    budget = bl.Budget(**({"iterations": 60, "rtol": 1e-9} | budget))
+    problem = bl.LinearSystem(operator, b)
+    return bl.solve(problem, None, jnp.zeros_like(b), solver=solver, budget=budget)
+
+
+@pytest.mark.parametrize("layout", ["diagonals", "segment_sum"])
+def test_rectangular_matrices_are_no_systems(layout):
+    operator = pde.from_scipy(sp.csr_array(np.ones((3, 4))), format=layout)
+    with pytest.raises(ValueError, match=r"matvec: v must have shape \(4,\)"):
+        solved(operator, jnp.ones(3), CG)
+    with pytest.raises((ValueError, TypeError), match=r"shape"):
+        solved(operator, jnp.ones(4), CG)
+    for refused in (pde.AlgebraicMultigrid, pde.colouring):
+        with pytest.raises(ValueError, match="should be square"):
+            refused(operator)
+
+
+@pytest.mark.parametrize("solver", [DIRECT, bl.Jacobi(), CG], ids=lambda s: type(s).__name__)
+def test_empty_rows_are_singular_and_said_to_be(solver):
+    matrix = sp.csr_array(np.diag([2.0, 0.0, 3.0]))
+    matrix.eliminate_zeros()
+    solution = solved(pde.from_scipy(matrix), jnp.ones(3), solver)
+    assert int(solution.status) in {bl.Status.NONFINITE, bl.Status.BREAKDOWN}
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        bl.Jacobi(),
+        bl.Richardson(1.0, preconditioner=pde.GaussSeidel(colours=np.array([0, 1, 0]))),
+        bl.GMRES(preconditioner=bl.JacobiPreconditioner()),
+    ],
+    ids=["Jacobi", "Gauss-Seidel", "preconditioner"],
+)
+def test_zero_diagonals_are_not_divided_by_unnoticed(solver):
+    matrix = sp.csr_array(np.array([[0.0, 1.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 1.0]]))
+    solution = solved(pde.from_scipy(matrix), jnp.ones(3), solver)
+    assert solution.status == bl.Status.NONFINITE
+    with pytest.raises(ValueError, match=r"zeros on its diagonal.*SparseDirect"):
+        pde.AlgebraicMultigrid(matrix)
+    # Elimination with pivots needs no diagonal.
+    np.testing.assert_allclose(
+        solved(pde.from_scipy(matrix), jnp.ones(3), DIRECT).value, [-1.0, 1.0, 1.0], atol=1e-14
+    )
+
+
+def test_duplicate_and_unsorted_entries_are_one_matrix():
+    rows, columns = [2, 0, 1, 0, 2, 1], [2, 0, 1, 1, 2, 0]
+    given = sp.coo_array(([1.0, 2.0, 4.0, 1.0, 2.0, 1.0], (rows, columns)), shape=(3, 3))
+    b = jnp.array([1.0, 2.0, 3.0])
+    expected = np.linalg.solve(given.toarray(), b)
+    for layout in ("diagonals", "padded_columns", "segment_sum"):
+        found = solved(pde.from_scipy(given, format=layout), b, DIRECT).value
+        np.testing.assert_allclose(found, expected, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda grid, bad: pde.advection(grid, bad) + pde.identity(grid),
+        lambda grid, bad: pde.Stencil(grid, {(0,): bad}),
+        pde.helmholtz,
+        lambda grid, bad: pde.from_scipy(sp.eye_array(grid.size)).with_values(bad),
+    ],
+    ids=["advection", "stencil", "helmholtz", "entries"],
+)
+def test_entries_that_are_not_finite_show(make):
+    bad = np.ones(4)
+    bad[2] = np.nan
+    operator = make(pde.Grid(4), jnp.asarray(bad))
+    assert solved(operator, jnp.ones(4), DIRECT).status == bl.Status.NONFINITE
+
+
+def test_right_hand_sides_that_are_no_fields():
+    operator = -pde.laplacian(pde.Grid(4))
+    with pytest.raises(TypeError, match=r"astype\(float\)"):
+        solved(operator, jnp.ones(4, int), CG)
+    with pytest.raises(ValueError, match=r"shape \(4,\), got \(5,\)"):
+        solved(operator, jnp.ones(5), CG)
+    spoilt = jnp.ones(4).at[1].set(jnp.nan)
+    assert solved(operator, spoilt, CG).status == bl.Status.NONFINITE
+    with pytest.raises(TypeError, match="should be real"):
+        operator.boundary_term({(0, 0): 1j})
+    # A complex field is two real ones.
+    both = solved(operator, jnp.ones(4) * (1 + 2j), CG).value
+    np.testing.assert_allclose(both.imag, 2 * both.real, rtol=1e-9)
+
+
+CLOSED = [(N, "cell"), (P, "vertex")]
+
+
+@pytest.mark.parametrize(("boundary", "centering"), CLOSED, ids=["Neumann", "periodic"])
+def test_closed_domains_with_a_source_that_adds_up_to_nothing(boundary, centering):
+    """The solution without a mean; a direct solver refuses, and takes the mean as a constraint."""
+    grid = pde.Grid((6, 5), boundary=boundary, centering=centering)
+    operator = -pde.laplacian(grid)
+    assert operator.singular
+    assert operator.positive_definite is False
+    b = normal(grid.shape)
+    b = jnp.asarray(b - b.mean())
+    pseudo = np.linalg.pinv(operator.to_scipy().toarray(), rcond=1e-10, hermitian=True)
+    expected = (pseudo @ np.ravel(b)).reshape(grid.shape)
+    for solver in (bl.MINRES(), bl.Richardson(1.0, preconditioner=pde.FastSolver())):
+        solution = solved(operator, b, solver)
+        assert solution.status == bl.Status.CONVERGED
+        np.testing.assert_allclose(solution.value, expected, atol=1e-9)
+    assert solved(operator, b, DIRECT).status == bl.Status.NONFINITE
+    constrained = solved(operator + pde.Mean(grid), b, DIRECT)
+    np.testing.assert_allclose(constrained.value, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        bl.MINRES(),
+        bl.ConjugateGradient(preconditioner=pde.Multigrid()),
+        bl.Richardson(1.0, preconditioner=pde.FastSolver()),
+        DIRECT,
+    ],
+    ids=["MINRES", "multigrid", "fast", "direct"],
+)
+@pytest.mark.parametrize("kind", ["stencil", "fluxes"])
+def test_closed_domains_with_a_source_that_does_not_have_no_solution(solver, kind):
+    grid = pde.Grid((6, 6), boundary=N, centering="cell")
+    # Fluxes are zero for a constant to the last bit. A stencil's sums are not, and what is left
+    # of them makes a solution of rounding errors, with a small residual.
+    operator = pde.Diffusion(grid, 1.0) if kind == "fluxes" else -pde.laplacian(grid)
+    solution = solved(operator, jnp.ones(grid.shape), solver)
+    assert solution.status != bl.Status.CONVERGED
+    assert bl.Status(int(solution.status)).failed or float(solution.residual_norm) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("grid", "expected"),
+    [
+        (pde.Grid(1), 1 / 8),
+        (pde.Grid(1, centering="cell"), 1 / 8 * 2),
+        (pde.Grid(1, boundary=[(D, R)], centering="cell"), None),
+        (pde.Grid((1, 3)), None),
+        (pde.Grid((1, 1, 1)), 1 / 24),
+    ],
+    ids=["vertex", "cell", "Robin", "line", "cube"],
+)
+def test_grids_of_one_point(grid, expected):
+    operator = -pde.laplacian(grid)
+    b = jnp.ones(grid.shape)
+    want = np.linalg.solve(operator.to_scipy().toarray(), np.ravel(b))
+    if expected is not None:
+        np.testing.assert_allclose(want, expected)
+    for solver in (DIRECT, bl.ConjugateGradient(preconditioner=pde.Multigrid())):
+        np.testing.assert_allclose(np.ravel(solved(operator, b, solver).value), want, atol=1e-13)
+
+
+def test_one_point_without_a_neighbour():
+    grid = pde.Grid(1, boundary=N, centering="cell")
+    assert pde.laplacian(grid).to_scipy().toarray().tolist() == [[0.0]]
+    assert solved(-pde.laplacian(grid), jnp.ones(1), DIRECT).status == bl.Status.NONFINITE
+    for boundary, centering in ((N, "vertex"), (P, "vertex"), (P, "cell")):
+        with pytest.raises(ValueError, match=r"takes at least \d points, got 1"):
+            pde.Grid(1, boundary=boundary, centering=centering)
+    moved = pde.Heat(pde.Grid(1), 1.0, 0.1).step(jnp.ones(1))
+    np.testing.assert_allclose(moved, 1 / 1.8, rtol=1e-12)
