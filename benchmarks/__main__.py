@@ -12,6 +12,9 @@ BENCHMARKS = {
     "hypergradients": "implicit hypergradients against code by hand, SciPy and other libraries",
     "refinement": "progressive refinement against full and fixed budgets, in wall time",
     "operators": "sparse operators against SciPy's CSR and jax.experimental.sparse",
+    "multigrid": "Poisson by multigrid-preconditioned CG against PyAMG; what a hypergradient costs",
+    "growth": "time and memory of a solve and its gradient from 256² to 4096² unknowns",
+    "flow": "Navier–Stokes: the published data, a cavity, preconditioned and not",
     "published": "figures from the literature, reproduced",
 }
 

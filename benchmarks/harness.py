@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -53,7 +54,8 @@ def round_robin(
     **Arguments:**
 
     - `candidates`: by name, functions without arguments; what they return is waited for.
-    - `rounds`: how often each is timed; the order rotates from round to round.
+    - `rounds`: how often each is timed, in another order every time: what ran just before
+        leaves its mark on the caches.
     - `warmup`: calls of each before the first round, which also compile.
 
     **Returns:** a [`Timing`][] for each name.
@@ -63,9 +65,9 @@ def round_robin(
         for _ in range(warmup):
             jax.block_until_ready(candidates[name]())
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
+    order = random.Random(0)  # noqa: S311
+    for _ in range(rounds):
+        for name in order.sample(names, len(names)):
             seconds[name].append(_seconds(candidates[name]))
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, settings
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Without fused multiply-adds: XLA fuses a·b + c into one rounding where its other fusions
 # happen to allow it, so equal operations in equal order would differ in the last bit.
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_max_isa=AVX")
+# In one piece: every core has its own tests, so splitting a program for threads costs only.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_max_isa=AVX --xla_cpu_parallel_codegen_split_count=1")
 
 # Tests compare against analytic values to 1e-12; single precision is asked for by dtype.
 jax.config.update("jax_enable_x64", True)
