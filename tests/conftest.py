@@ -1,6 +1,8 @@
 """Set-up for all tests: double precision by default, repeatable examples."""
 
+import itertools
 import os
+from pathlib import Path
 
 import jax
 import pytest
@@ -31,6 +33,22 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 def pytest_report_header() -> str:
     """What the numbers depend on."""
     return f"jax {jax.__version__}, {jax.default_backend()}, double precision by default"
+
+
+MOST_MAPS = 20_000
+"""Memory maps of a process (Linux allows 65,530) above which compiled programs are let go."""
+
+_MAPS = Path("/proc/self/maps")
+_TESTS = itertools.count(1)
+
+
+def pytest_runtest_teardown() -> None:
+    """Let compiled programs go before the process has no room for one more."""
+    if next(_TESTS) % 20 or not _MAPS.exists():
+        return
+    with _MAPS.open("rb") as maps:
+        if sum(1 for _ in maps) > MOST_MAPS:
+            jax.clear_caches()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
