@@ -43,7 +43,9 @@ def same(printed: str, promised: str) -> None:
     np.testing.assert_allclose(found, expected, rtol=0.1)
 
 
-@pytest.mark.parametrize("page", ["custom.md", "tasks.md", "pde.md"])
+@pytest.mark.parametrize(
+    "page", ["custom.md", "tasks.md", pytest.param("pde.md", marks=pytest.mark.slow)]
+)
 def test_code_of_a_page_runs_and_prints_what_it_says(
     page: str,
     tmp_path: Path,
@@ -67,6 +69,7 @@ def test_code_of_a_page_runs_and_prints_what_it_says(
     assert ran >= 2
 
 
+@pytest.mark.slow
 def test_the_task_file_of_the_page_is_run_by_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -46,9 +46,9 @@ class Multigrid(eqx.Module):
     **Raises:** `ValueError` for another cycle.
 
     >>> import jax.numpy as jnp, bilevel as bl, bilevel_pde as pde
-    >>> grid = pde.Grid((64, 64))
+    >>> grid = pde.Grid((16, 16))
     >>> problem = bl.LinearSystem(-pde.laplacian(grid), jnp.ones(grid.shape))
-    >>> solver = bl.ConjugateGradient(preconditioner=pde.Multigrid())
+    >>> solver = bl.ConjugateGradient(preconditioner=pde.Multigrid(levels=2))
     >>> solution = bl.solve(
     ...     problem, None, jnp.zeros(grid.shape), solver=solver, budget=bl.Budget(50, rtol=1e-4)
     ... )

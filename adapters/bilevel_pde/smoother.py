@@ -46,6 +46,10 @@ class Smoother(eqx.Module):
         return grid_operator(problem, type(self).__name__)
 
 
+IN_LINE = 4
+"""Sweeps that are written out one after another."""
+
+
 class WeightedJacobi(Smoother):
     """X ← x + ω D⁻¹ (b - A x).
 
@@ -74,9 +78,18 @@ class WeightedJacobi(Smoother):
         del backward
         weight = 2.0 * b.ndim / (2.0 * b.ndim + 1.0) if self.weight is None else self.weight
         step = (weight / diagonal_of(operator)).astype(b.dtype)
-        for _ in range(self.sweeps):
-            x = step * b if x is None else x + step * (b - operator.matvec(x))
-        assert x is not None
+
+
+        def again(_: Any, x: Array) -> Array:
+            return x + step * (b - operator.matvec(x))
+
+        done = int(x is None)
+        x = step * b if x is None else x
+        # Few in line, for XLA to fuse; of many a loop compiles one.
+        if self.sweeps > IN_LINE:
+            return jax.lax.fori_loop(done, self.sweeps, again, x)
+        for k in range(done, self.sweeps):
+            x = again(k, x)
         return x
 
 

@@ -231,3 +231,14 @@ SOLVERS = [
 
 # Made once: what a transformation is made of is part of the compiled program.
 SGD = optax.sgd(1.5 / (LOW + HIGH), momentum=0.3)
+
+FAMILIES = (
+    "GradientDescent",
+    "ConjugateGradient",
+    "GMRES",
+    "Direct",
+    "Chebyshev",
+    "FixedPointIteration",
+    "Anderson",
+)
+"""One cheap solver of each family: where every solver is run, these are so by default."""

@@ -17,6 +17,7 @@ import bilevel as bl
 from bilevel.captured import Captured
 from tests.core.cases import MIXING, THETA, N, definite_matrix, loss, rhs
 from tests.core.compiling import jitted
+from tests.marks import others_slow
 
 X0 = jnp.zeros(N)
 STEPS = bl.Budget(iterations=60, rtol=1e-12)
@@ -148,10 +149,23 @@ PAIRS: dict[str, tuple[Solve, Solve, dict[str, Any]]] = {
     "bound method": (bound_method_captured, mapping_passed, {}),
     "partial": (partial_captured, mapping_passed, {}),
 }
+UNROLLED_BY_DEFAULT = {"objective", "operator object", "preconditioner", "mapping"}
 
 
-@pytest.mark.parametrize("estimator", ["Implicit", "Unrolled"])
-@pytest.mark.parametrize("position", PAIRS)
+@pytest.mark.parametrize(
+    ("position", "estimator"),
+    [
+        pytest.param(
+            position,
+            estimator,
+            marks=[]
+            if estimator == "Implicit" or position in UNROLLED_BY_DEFAULT
+            else pytest.mark.slow,
+        )
+        for position in PAIRS
+        for estimator in ("Implicit", "Unrolled")
+    ],
+)
 def test_captured_theta_differentiates_as_passed_theta(position: str, estimator: str):
     captured, passed, options = PAIRS[position]
     options = {**options, "estimator": getattr(bl, estimator)(), "budget": STEPS}
@@ -207,7 +221,7 @@ def test_captured_learning_rate_of_an_optax_schedule_differentiates():
     np.testing.assert_allclose(jitted(jax.grad(unrolled))(0.8), jax.grad(by_hand)(0.8), rtol=1e-12)
 
 
-@pytest.mark.parametrize("estimator", ["Implicit", "Unrolled"])
+@pytest.mark.parametrize("estimator", others_slow(["Implicit", "Unrolled"], "Unrolled"))
 def test_captured_theta_in_every_order_of_transformations(estimator: str):
     options = {**GRADIENT, "estimator": getattr(bl, estimator)(), "budget": bl.Budget(9)}
 
@@ -434,18 +448,25 @@ def _many() -> Any:
 
 @pytest.mark.parametrize(
     "hold",
-    [
-        _list_of_ints,
-        _deque,
+    others_slow(
+        [
+            _list_of_ints,
+            _deque,
+            _class_attribute,
+            _attribute_of_the_object_s_class,
+            _slots,
+            _deep,
+            _namespace,
+            _attribute_of_a_function,
+            _behind_jit,
+            _many,
+        ],
         _class_attribute,
-        _attribute_of_the_object_s_class,
         _slots,
         _deep,
         _namespace,
-        _attribute_of_a_function,
         _behind_jit,
-        _many,
-    ],
+    ),
 )
 def test_what_is_held_in_any_way_counts(hold: Any):
     weight, change = hold()
@@ -508,7 +529,10 @@ def test_looking_at_what_is_held_is_cheap():
     assert seconds < 100e-6  # a generous bound on a shared machine; about 10 measured
 
 
-@pytest.mark.parametrize("name", ["Implicit", "Unrolled", "Neumann", "OneStep", "Nystrom"])
+@pytest.mark.parametrize(
+    "name",
+    others_slow(["Implicit", "Unrolled", "Neumann", "OneStep", "Nystrom"], "Implicit", "Unrolled"),
+)
 def test_outside_jit_what_is_captured_counts_as_well(name: str):
     """There JAX hands a captured number over as Python's, which is easily taken for a constant."""
     options: dict[str, Any] = {**GRADIENT, "budget": bl.Budget(9), "adjoint_budget": bl.Budget(9)}

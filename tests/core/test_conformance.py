@@ -18,7 +18,8 @@ from bilevel.testing import (
     check_inner_solver,
     taylor_test,
 )
-from tests.core.cases import EXAMPLES, SOLVERS, Case, N, by_name
+from tests.core.cases import EXAMPLES, FAMILIES, SOLVERS, Case, N, by_name
+from tests.marks import others_slow
 
 SOLVER_PROPERTIES = {
     "state",
@@ -34,7 +35,7 @@ SOLVER_PROPERTIES = {
 }
 
 
-@pytest.mark.parametrize("case", SOLVERS, ids=by_name)
+@pytest.mark.parametrize("case", others_slow(SOLVERS, *FAMILIES), ids=by_name)
 def test_every_solver_conforms(case: Case):
     example = case.example
     checked = check_inner_solver(
@@ -63,13 +64,8 @@ ESTIMATORS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name in {"Implicit", "Unrolled"} else pytest.mark.slow)
-        for name in ESTIMATORS
-    ],
-)
+# The example of `check_estimator` runs with `Implicit`.
+@pytest.mark.parametrize("name", others_slow(ESTIMATORS, "Unrolled"))
 def test_every_estimator_conforms(name: str):
     make, given = ESTIMATORS[name]
     options = {"solver": bl.GradientDescent(0.3), **given}
@@ -405,7 +401,7 @@ class Unreported(bl.Estimator):
 @pytest.mark.parametrize(
     ("estimator", "broken"),
     [
-        (Detached(), "derivative of the loss"),
+        pytest.param(Detached(), "derivative of the loss", marks=pytest.mark.slow),
         (Halved(), "derivative of the loss"),
         (Unreported(), "report"),
     ],

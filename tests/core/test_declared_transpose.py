@@ -8,6 +8,7 @@ import pytest
 
 import bilevel as bl
 from bilevel.testing import ConformanceError, check_inner_problem
+from tests.marks import others_slow
 
 DEFINITE = jnp.array([[3.0, 1.0, 0.0], [1.0, 4.0, 0.5], [0.0, 0.5, 5.0]])
 GENERAL = DEFINITE + jnp.triu(jnp.full((3, 3), 0.1), 1)
@@ -49,7 +50,7 @@ def test_one_call_finds_out(name: str):
     assert raised.value.broken == broken
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("name", others_slow(WRONG, "rmatvec", "symmetric"))
 def test_a_hypergradient_with_an_error_estimate_finds_out(name: str):
     found = result(WRONG[name][0])
     assert int(found.adjoint.status) == bl.Status.NOT_ADJOINT
@@ -58,7 +59,9 @@ def test_a_hypergradient_with_an_error_estimate_finds_out(name: str):
     assert "check_inner_problem" in found.adjoint.diagnosis
 
 
-@pytest.mark.parametrize("problem", [paired(GENERAL.T), declared(DEFINITE)])
+@pytest.mark.parametrize(
+    "problem", [pytest.param(paired(GENERAL.T), marks=pytest.mark.slow), declared(DEFINITE)]
+)
 def test_what_is_right_is_left_alone(problem: Any):
     found = result(problem)
     assert int(found.adjoint.status) == bl.Status.CONVERGED

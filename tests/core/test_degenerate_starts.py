@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import bilevel as bl
+from tests.marks import others_slow
 
 MATRIX = jnp.array([[3.0, 1.0], [1.0, 3.0]])
 LINEAR = bl.LinearSystem(MATRIX, lambda theta: theta)
@@ -38,7 +39,7 @@ def unrolled(problem: Any, theta: Any, x0: Any, solver: Any, **budget: Any) -> A
     )
 
 
-@pytest.mark.parametrize("name", ITERATIONS)
+@pytest.mark.parametrize("name", others_slow(ITERATIONS, "Richardson"))
 def test_a_start_at_the_solution_has_no_zero_derivative(name: str):
     for theta, x0 in ((ZERO, ZERO), (ONE, jnp.full(2, 0.25) + 1e-9)):
         result = unrolled(LINEAR, theta, x0, ITERATIONS[name], iterations=50, rtol=1e-6)
@@ -49,7 +50,7 @@ def test_a_start_at_the_solution_has_no_zero_derivative(name: str):
         np.testing.assert_allclose(result.error.total, error, rtol=0.2)
 
 
-@pytest.mark.parametrize("name", KRYLOV)
+@pytest.mark.parametrize("name", others_slow(KRYLOV, "ConjugateGradient"))
 def test_a_krylov_method_at_the_solution_has_no_derivative_and_says_so(name: str):
     exactly = unrolled(LINEAR, ZERO, ZERO, KRYLOV[name], iterations=50, rtol=1e-6)
     assert np.all(np.isnan(exactly.gradient))
@@ -90,7 +91,14 @@ def test_one_step_of_newton_at_its_own_solution():
     np.testing.assert_allclose(*gradients, rtol=1e-6)
 
 
-@pytest.mark.parametrize("linear", [None, bl.MINRES(), bl.ConjugateGradient()])
+@pytest.mark.parametrize(
+    "linear",
+    [
+        None,
+        pytest.param(bl.MINRES(), marks=pytest.mark.slow),
+        pytest.param(bl.ConjugateGradient(), marks=pytest.mark.slow),
+    ],
+)
 def test_newton_where_the_hessian_is_indefinite(linear: Any):
     well = bl.Minimization(lambda x, theta: jnp.sum(x**4 / 4 - theta * x**2 / 2))
     solver = bl.Newton(linear=linear)

@@ -12,6 +12,7 @@ import bilevel as bl
 from bilevel.testing import taylor_test
 from tests.core.cases import (
     EXAMPLES,
+    FAMILIES,
     FEATURES,
     SOLVERS,
     TARGETS,
@@ -23,6 +24,7 @@ from tests.core.cases import (
     loss,
 )
 from tests.core.compiling import jitted
+from tests.marks import others_slow
 
 STEPS = 3
 """Truncation at which the quickest solver of the table is not converged."""
@@ -54,7 +56,9 @@ def gradient(example: Example, **options: Any) -> Any:
     return jitted(jax.grad(lambda theta: outer(example, theta, **options)))(example.theta)
 
 
-@pytest.mark.parametrize("case", SOLVERS, ids=by_name)
+@pytest.mark.parametrize(
+    "case", others_slow(SOLVERS, *FAMILIES, "Newton", "LBFGS", "FISTA"), ids=by_name
+)
 def test_implicit_gradient_after_any_solver_is_analytic(case: Case):
     got = gradient(case.example, solver=case.make(), budget=case.budget)
     assert relative_error(got, case.example.hypergradient) <= 1e-8
@@ -114,7 +118,9 @@ def test_every_solver_with_every_estimator(case: Case, estimator: str):
     assert relative_error(got, example.hypergradient) <= tolerance
 
 
-@pytest.mark.parametrize("example_name", ["ridge", "definite", "mapping"])
+@pytest.mark.parametrize(
+    "example_name", others_slow(["ridge", "definite", "mapping"], "definite", "mapping")
+)
 def test_neumann_series_long_enough_is_analytic(example_name: str):
     example = EXAMPLES[example_name]
     budget = bl.Budget(iterations=500, rtol=1e-12)
@@ -178,7 +184,20 @@ def plain_loop(case: Case, theta: Any, steps: int) -> Any:
     return loss(solver.value(state), theta)
 
 
-@pytest.mark.parametrize("case", [case for case in SOLVERS if case.truncated], ids=by_name)
+@pytest.mark.parametrize(
+    "case",
+    others_slow(
+        [case for case in SOLVERS if case.truncated],
+        "GradientDescent",
+        "HeavyBall",
+        "ConjugateGradient",
+        "GMRES",
+        "Anderson",
+        "FixedPointIteration",
+        "Direct",
+    ),
+    ids=by_name,
+)
 def test_truncated_unrolling_is_the_plain_loop(case: Case):
     steps = min(STEPS, case.truncated)
 
@@ -232,7 +251,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", BY_HAND)
+@pytest.mark.parametrize("name", others_slow(BY_HAND, "Jacobi"))
 def test_truncated_unrolling_is_the_loop_written_by_hand(name: str, layout: str):
     example_name, make, by_hand = BY_HAND[name]
     example = EXAMPLES[example_name]
@@ -334,14 +353,19 @@ def test_jacobi_from_zero_has_the_same_implicit_and_unrolled_gradient_after_k_st
 # ---------------------------------------------------------------------------- Taylor's test
 
 
-@pytest.mark.parametrize("example_name", ["ridge", "convex", "general", "mapping", "root", "lasso"])
+@pytest.mark.parametrize(
+    "example_name",
+    others_slow(
+        ["ridge", "convex", "general", "mapping", "root", "lasso"], "general", "mapping", "root"
+    ),
+)
 def test_implicit_gradient_passes_taylor(example_name: str):
     example = EXAMPLES[example_name]
     value = jitted(lambda theta: outer(example, theta, budget=bl.Budget(2000, rtol=1e-14)))
     assert taylor_test(value, example.theta, derivative=gradient(example)).slope >= 1.95
 
 
-@pytest.mark.parametrize("name", BY_HAND)
+@pytest.mark.parametrize("name", others_slow(BY_HAND, "GradientDescent"))
 def test_truncated_gradient_passes_taylor_on_the_truncated_loss(name: str):
     example_name, make, _ = BY_HAND[name]
     example = EXAMPLES[example_name]
@@ -354,7 +378,7 @@ def test_truncated_gradient_passes_taylor_on_the_truncated_loss(name: str):
 # ------------------------------------------------------------- modes, orders, transformations
 
 
-@pytest.mark.parametrize("example_name", ["convex", "general", "mapping"])
+@pytest.mark.parametrize("example_name", others_slow(["convex", "general", "mapping"], "general"))
 def test_forward_mode_of_implicit_is_analytic(example_name: str):
     example = EXAMPLES[example_name]
     got = jitted(jax.jacfwd(lambda theta: outer(example, theta)))(example.theta)
@@ -374,7 +398,7 @@ def test_forward_mode_of_unrolling_is_the_loop_written_by_hand(name: str):
     assert relative_error(got, jax.grad(by_hand)(example.theta, 7)) <= 1e-12
 
 
-@pytest.mark.parametrize("example_name", ["convex", "general"])
+@pytest.mark.parametrize("example_name", others_slow(["convex", "general"], "general"))
 def test_hessian_of_implicit_is_analytic(example_name: str):
     example = EXAMPLES[example_name]
     got = jitted(jax.hessian(lambda theta: outer(example, theta)))(example.theta)
@@ -382,6 +406,7 @@ def test_hessian_of_implicit_is_analytic(example_name: str):
     assert relative_error(got, expected) <= 1e-8
 
 
+@pytest.mark.slow
 def test_hessian_in_reverse_over_reverse_of_implicit_is_analytic():
     example = EXAMPLES["convex"]
     second = jax.jacrev(jax.jacrev(lambda theta: outer(example, theta)))
@@ -389,6 +414,7 @@ def test_hessian_in_reverse_over_reverse_of_implicit_is_analytic():
     assert relative_error(jitted(second)(example.theta), expected) <= 1e-8
 
 
+@pytest.mark.slow
 def test_hessian_of_unrolling_is_that_of_the_loop():
     example = EXAMPLES["ridge"]
     options = {
@@ -401,7 +427,11 @@ def test_hessian_of_unrolling_is_that_of_the_loop():
     assert relative_error(got, expected) <= 1e-12
 
 
-@pytest.mark.parametrize("estimator", [bl.Implicit(), bl.Unrolled()], ids=["implicit", "unrolled"])
+@pytest.mark.parametrize(
+    "estimator",
+    [bl.Implicit(), pytest.param(bl.Unrolled(), marks=pytest.mark.slow)],
+    ids=["implicit", "unrolled"],
+)
 def test_transformations_compose_in_every_order(estimator: Any):
     example = EXAMPLES["ridge"]
     options = {
@@ -481,7 +511,10 @@ def test_preconditioned_adjoint_needs_fewer_iterations():
     assert relative_error(short, example.hypergradient) >= 1e-4
 
 
-@pytest.mark.parametrize("name", ["Implicit", "Unrolled", "Neumann", "OneStep", "Nystrom"])
+@pytest.mark.parametrize(
+    "name",
+    others_slow(["Implicit", "Unrolled", "Neumann", "OneStep", "Nystrom"], "Implicit", "Unrolled"),
+)
 def test_hypergradient_and_grad_through_solve_are_the_same_numbers(name: str):
     example = EXAMPLES["ridge"]
     options = {

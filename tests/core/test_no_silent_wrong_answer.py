@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import bilevel as bl
-from tests.core.cases import EXAMPLES, SOLVERS, N, by_name, loss
+from tests.core.cases import EXAMPLES, FAMILIES, SOLVERS, N, by_name, loss
 from tests.core.compiling import jitted
+from tests.marks import others_slow
 
 FAILED = {status for status in bl.Status if status.failed}
 HONEST = {bl.Status.BUDGET, bl.Status.ROUNDING, *FAILED}
@@ -46,7 +47,9 @@ def assert_honest(problem: Any, theta: Any, solution: Any) -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("case", SOLVERS, ids=by_name)
+@pytest.mark.parametrize(
+    "case", others_slow(SOLVERS, *FAMILIES, "Newton", "LBFGS", "FISTA"), ids=by_name
+)
 def test_non_finite_data_end_as_failure_and_in_no_gradient(case: Any, bad: float):
     if np.isinf(bad) and case.name not in {
         "GradientDescent",
@@ -66,7 +69,12 @@ def test_non_finite_data_end_as_failure_and_in_no_gradient(case: Any, bad: float
 
 
 @pytest.mark.parametrize(
-    "name", ["ConjugateGradient", "MINRES", "BiCGStab", "GMRES", "Direct", "Richardson"]
+    "name",
+    others_slow(
+        ["ConjugateGradient", "MINRES", "BiCGStab", "GMRES", "Direct", "Richardson"],
+        "ConjugateGradient",
+        "GMRES",
+    ),
 )
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_non_finite_outer_loss_is_no_zero_gradient(name: str, bad: float):
@@ -82,7 +90,12 @@ def test_a_non_finite_outer_loss_is_no_zero_gradient(name: str, bad: float):
     assert int(report.failures) == 1
 
 
-@pytest.mark.parametrize("name", ["ConjugateGradient", "MINRES", "SteepestDescent", "Chebyshev"])
+@pytest.mark.parametrize(
+    "name",
+    others_slow(
+        ["ConjugateGradient", "MINRES", "SteepestDescent", "Chebyshev"], "ConjugateGradient"
+    ),
+)
 def test_symmetry_that_nobody_declared_is_looked_at(name: str):
     skew = np.triu(np.random.default_rng(0).standard_normal((N, N)), 1)
     definite = jnp.asarray(6.0 * np.eye(N) + skew @ skew.T)
@@ -167,7 +180,10 @@ def system(matrix: Any, **declared: Any) -> Any:
     return bl.LinearSystem(lambda theta: matrix * (1 + theta), lambda theta: 1 + theta, **declared)
 
 
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize(
+    "name",
+    others_slow(LINEAR, "ConjugateGradient", "MINRES", "GMRES", "Jacobi", "Direct", "default"),
+)
 def test_a_singular_operator_is_not_solved(name: str):
     problem, theta = system(SINGULAR), jnp.zeros(N)
     solution, gradient, report = evaluate(problem, theta, solver=LINEAR[name]())
@@ -179,7 +195,14 @@ def test_a_singular_operator_is_not_solved(name: str):
     assert norm != 0
 
 
-@pytest.mark.parametrize("name", ["ConjugateGradient", "SteepestDescent", "Chebyshev", "Direct"])
+@pytest.mark.parametrize(
+    "name",
+    others_slow(
+        ["ConjugateGradient", "SteepestDescent", "Chebyshev", "Direct"],
+        "ConjugateGradient",
+        "Direct",
+    ),
+)
 def test_an_indefinite_operator_declared_definite_breaks_down(name: str):
     problem = system(INDEFINITE, positive_definite=True)
     solution, gradient, report = evaluate(problem, jnp.zeros(N), solver=LINEAR[name]())
@@ -197,7 +220,12 @@ def test_an_indefinite_operator_of_unknown_kind_breaks_conjugate_gradients_down(
     assert not np.any(np.isfinite(gradient))
 
 
-@pytest.mark.parametrize("name", ["ConjugateGradient", "MINRES", "SteepestDescent", "Chebyshev"])
+@pytest.mark.parametrize(
+    "name",
+    others_slow(
+        ["ConjugateGradient", "MINRES", "SteepestDescent", "Chebyshev"], "ConjugateGradient"
+    ),
+)
 def test_a_non_symmetric_operator_is_not_marked_converged(name: str):
     """Undeclared, so the solver may start; the true residual tells."""
     problem, theta = system(SKEWED), jnp.zeros(N)
@@ -207,7 +235,7 @@ def test_a_non_symmetric_operator_is_not_marked_converged(name: str):
     assert_honest(problem, theta, solution)
 
 
-@pytest.mark.parametrize("name", ["ConjugateGradient", "MINRES"])
+@pytest.mark.parametrize("name", others_slow(["ConjugateGradient", "MINRES"], "MINRES"))
 def test_an_adjoint_solver_of_the_wrong_kind_gives_no_gradient_that_looks_right(name: str):
     problem, theta = system(SKEWED), jnp.zeros(N)
     expected = jax.grad(lambda t: loss(jnp.linalg.solve(SKEWED * (1 + t), 1 + t), t))(theta)
@@ -242,7 +270,7 @@ def test_wrong_pairings_are_refused_before_anything_runs():
 # ------------------------------------------------------------------- zeros, rates, no budget
 
 
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("name", others_slow(LINEAR, "ConjugateGradient", "Jacobi", "default"))
 def test_a_zero_right_hand_side_has_the_zero_solution(name: str):
     problem = bl.LinearSystem(
         lambda theta: jnp.diag(jnp.array([1.0, 1.2, 1.4, 1.6]) + theta),
@@ -305,7 +333,7 @@ def test_a_neumann_series_that_does_not_contract_diverges(factor: float):
     assert int(report.failures) == 1
 
 
-@pytest.mark.parametrize("estimator", ["Implicit", "Neumann", "Nystrom"])
+@pytest.mark.parametrize("estimator", others_slow(["Implicit", "Neumann", "Nystrom"], "Implicit"))
 def test_an_adjoint_without_a_budget_gives_no_gradient(estimator: str):
     example = EXAMPLES["ridge"]
     _, gradient, report = evaluate(

@@ -37,7 +37,7 @@ class Watching:
         return lambda v: v / source.entries
 
 
-@pytest.mark.parametrize("solver", [bl.GMRES, bl.BiCGStab])
+@pytest.mark.parametrize("solver", [pytest.param(bl.GMRES, marks=pytest.mark.slow), bl.BiCGStab])
 def test_the_adjoint_sees_the_transpose(solver):
     watching = Watching()
     preconditioned = solver(preconditioner=watching)

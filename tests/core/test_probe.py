@@ -10,6 +10,7 @@ import pytest
 import bilevel as bl
 from tests.core.cases import EXAMPLES, N, loss
 from tests.core.compiling import jitted
+from tests.marks import others_slow
 
 RIDGE = EXAMPLES["ridge"]
 OPTIONS: dict[str, Any] = {
@@ -152,7 +153,9 @@ def test_something_else_for_a_probe_is_refused():
         value(RIDGE.theta, 0.0)
 
 
-@pytest.mark.parametrize("name", ["Implicit", "Unrolled", "OneStep", "Neumann", "Nystrom"])
+@pytest.mark.parametrize(
+    "name", others_slow(["Implicit", "Unrolled", "OneStep", "Neumann", "Nystrom"], "Implicit")
+)
 def test_from_inside_grad_the_error_estimate_is_that_of_hypergradient(name: str):
     estimator = getattr(bl, name)()
     options = OPTIONS | {"estimator": estimator}

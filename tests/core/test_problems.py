@@ -20,11 +20,14 @@ from tests.core.cases import (
     root_residual,
 )
 from tests.core.compiling import jitted
+from tests.marks import others_slow
 
 THETA = EXAMPLES["ridge"].theta
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    "name", others_slow(EXAMPLES, "convex", "indefinite", "general", "mapping", "root")
+)
 def test_the_table_s_problems_conform(name: str):
     example = EXAMPLES[name]
     off = example.x0 + jnp.linspace(0.3, 0.9, N)  # where nothing vanishes by accident
@@ -71,7 +74,7 @@ TREE_SOLVERS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", TREE_SOLVERS)
+@pytest.mark.parametrize("name", others_slow(TREE_SOLVERS, "GradientDescent", "GMRES", "LBFGS"))
 def test_pytrees_of_any_shape_are_solved_and_differentiated(name: str):
     problem = bl.Minimization(tree_objective)
 
@@ -100,7 +103,12 @@ def complex_loss(x: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "name", ["ConjugateGradient", "MINRES", "BiCGStab", "GMRES", "Direct", "SteepestDescent"]
+    "name",
+    others_slow(
+        ["ConjugateGradient", "MINRES", "BiCGStab", "GMRES", "Direct", "SteepestDescent"],
+        "BiCGStab",
+        "Direct",
+    ),
 )
 @pytest.mark.parametrize("estimator", ["Implicit", "Unrolled"])
 def test_complex_linear_systems_differentiate_in_complex_theta(name: str, estimator: str):
@@ -167,7 +175,9 @@ def test_a_real_parameter_of_a_complex_operator_differentiates():
     np.testing.assert_allclose(jitted(jax.grad(value))(0.4), jax.grad(exact)(0.4), rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["default", "GradientDescent", "LBFGS"])
+@pytest.mark.parametrize(
+    "name", others_slow(["default", "GradientDescent", "LBFGS"], "GradientDescent", "LBFGS")
+)
 def test_complex_unknowns_of_a_minimisation(name: str):
     """Not holomorphic: the Hessian is linear over the reals only."""
 
@@ -206,7 +216,7 @@ IN_SINGLE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", IN_SINGLE)
+@pytest.mark.parametrize("name", others_slow(IN_SINGLE, "ridge", "mapping", "root"))
 def test_single_precision_stays_single_precision(name: str):
     """With double precision enabled, as it is here: nothing widens on the way."""
     example = EXAMPLES[name]
@@ -306,7 +316,11 @@ class Structural:
         return 2 * x**3 - theta
 
 
-@pytest.mark.parametrize("problem", [Cube(2.0), Structural()], ids=["subclass", "structural"])
+@pytest.mark.parametrize(
+    "problem",
+    [pytest.param(Cube(2.0), marks=pytest.mark.slow), Structural()],
+    ids=["subclass", "structural"],
+)
 def test_problems_of_one_s_own_are_solved_and_differentiated(problem: Any):
     def value(theta: Any) -> Any:
         return jnp.sum(bl.solve(problem, theta, jnp.ones(2)).value)
@@ -452,8 +466,8 @@ def test_declarations_that_are_not_true_are_found_by_the_kit():
         bl.GradientDescent(0.9),
         bl.Richardson(0.9),
         bl.Jacobi(),
-        bl.SteepestDescent(),
-        bl.Chebyshev(0.01, 2.01),
+        pytest.param(bl.SteepestDescent(), marks=pytest.mark.slow),
+        pytest.param(bl.Chebyshev(0.01, 2.01), marks=pytest.mark.slow),
     ],
     ids=lambda solver: type(solver).__name__,
 )

@@ -21,6 +21,7 @@ from tests.core.cases import (
     ridge_objective,
 )
 from tests.core.compiling import jitted
+from tests.marks import others_slow
 
 # Powers of two next to 1e-8, 1e-4, 1e4, 1e8: multiplying by them rounds nothing, so that not
 # even the last iteration may tip.
@@ -90,7 +91,19 @@ def evaluate(
 BOTH = [(a, b) for f in FACTORS for a, b in ((f, 1.0), (1.0, f), (f, f), (f, 1 / f))]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    others_slow(
+        CASES,
+        "default, ridge",
+        "GradientDescent",
+        "LBFGS",
+        "Newton-CG",
+        "Jacobi",
+        "ConjugateGradient",
+        "GMRES",
+    ),
+)
 def test_hypergradient_and_iteration_counts_follow_the_factor(name: str):
     problem, make = CASES[name]
     budgets: dict[str, Any] = {"budget": bl.Budget(200, rtol=1e-9)} if make else {}
@@ -149,7 +162,7 @@ def test_decimal_factors_and_single_precision():
         assert others == counts
 
 
-@pytest.mark.parametrize("factor", [1e-8, 1e8])
+@pytest.mark.parametrize("factor", others_slow([1e-8, 1e8], 1e-8))
 def test_error_estimates_follow_the_factor(factor: float):
     def result(scale: float) -> Any:
         problem = bl.Minimization(lambda x, theta: scale * ridge_objective(x, theta))

@@ -9,6 +9,7 @@ import pytest
 import bilevel as bl
 from bilevel import vector
 from tests.core.compiling import jitted
+from tests.marks import others_slow
 
 MATRIX = np.array([[3, 1, 0], [1, 2, 0.5], [0, 0.5, 4]], np.float32)
 RHS = np.array([1, -2, 0.5], np.float32)
@@ -33,7 +34,7 @@ CASES: dict[str, tuple[Any, Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", others_slow(CASES, *(name for name in CASES if name != "MINRES")))
 def test_solutions_and_gradients_at_the_ends_of_the_range(name: str):
     problem, solver, matrix = CASES[name]
 

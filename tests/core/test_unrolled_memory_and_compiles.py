@@ -12,6 +12,7 @@ import pytest
 import bilevel as bl
 from tests.core.cases import FEATURES, TARGETS, ridge_objective
 from tests.core.compiling import jitted
+from tests.marks import others_slow
 
 STEP = 0.1
 N = FEATURES.shape[1]
@@ -104,7 +105,7 @@ def test_memory_is_that_of_few_states(cap: int):
 
 
 @pytest.mark.parametrize("store", ["checkpoints", "all"])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", others_slow(OBJECTIVES, "diffusion"))
 def test_gradient_is_that_of_a_scan_to_the_last_bit(name: str, store: str):
     objective, iterations = OBJECTIVES[name], 37
 

@@ -9,6 +9,7 @@ import pytest
 
 import bilevel as bl
 from tests.core.compiling import jitted
+from tests.marks import others_slow
 
 DRAW = np.random.default_rng(0)
 FEATURES, NOISE = DRAW.normal(size=(80, 10)), DRAW.normal(size=80)
@@ -47,7 +48,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+@pytest.mark.parametrize("dtype", others_slow([jnp.float64, jnp.float32], jnp.float64))
 @pytest.mark.parametrize("name", CASES)
 def test_the_nearer_the_start_the_fewer_iterations(name: str, dtype: Any):
     problem, solver = CASES[name]
@@ -70,7 +71,7 @@ def test_the_nearer_the_start_the_fewer_iterations(name: str, dtype: Any):
     assert counts[-1] == 0
 
 
-@pytest.mark.parametrize("shift", [0.0, 1e-6, 1.0])
+@pytest.mark.parametrize("shift", others_slow([0.0, 1e-6, 1.0], 1e-6))
 def test_the_scale_is_that_of_the_linear_system_that_the_problem_is(shift: float):
     matrix, rhs = np.array([[3.0, 1.0], [1.0, 2.0]]), np.array([5.0, 5.0])
     x0 = jnp.asarray(np.linalg.solve(matrix, rhs) + shift)

@@ -13,6 +13,7 @@ from bilevel import vector
 from bilevel.error.spectral import completed, extrapolated, summed_differences
 from bilevel.solver.arnoldi import arnoldi
 from tests.core.compiling import jitted
+from tests.marks import others_slow
 
 STEPS = 10
 
@@ -109,7 +110,7 @@ def exact(case: Any) -> Any:
     return bl.hypergradient(loss, problem, theta, x0, error=False).gradient
 
 
-@pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.parametrize("name", others_slow(MEASURED, "ridge", "root"))
 def test_the_estimate_is_within_the_measured_range_of_the_true_error(name: str):
     """A wrong tail, sign or transpose leaves it: errors span five orders and both parts."""
     case, inner, outer, (low, high) = MEASURED[name]
@@ -206,7 +207,7 @@ def test_differences_of_one_rate_are_summed_exactly():
 
 
 @pytest.mark.parametrize("finish", [completed, extrapolated])
-@pytest.mark.parametrize("complex_linear", [False, True])
+@pytest.mark.parametrize("complex_linear", others_slow([False, True], True))
 def test_a_space_that_is_used_up_gives_the_solution(finish: Any, complex_linear: bool):
     draw = np.random.default_rng(3)
     factor = draw.normal(size=(6, 6)) + 1j * draw.normal(size=(6, 6)) * complex_linear
@@ -236,6 +237,7 @@ def test_a_solution_has_no_error():
     assert float(result.error.total) == 0.0
 
 
+@pytest.mark.slow
 def test_it_serves_gradients_of_ones_own_and_controllers():
     problem = bl.Minimization(lambda x, theta: jnp.sum(jnp.cosh(x - theta)))
     options = {"solver": bl.GradientDescent(0.5), "budget": bl.Budget(6)}
@@ -260,6 +262,7 @@ def test_it_serves_gradients_of_ones_own_and_controllers():
     assert bool(state.accepted)
 
 
+@pytest.mark.slow
 def test_samples_and_single_precision():
     matrix = jnp.diag(jnp.arange(1.0, 4.0, dtype=jnp.float32))
     problem = bl.LinearSystem(matrix, lambda theta: theta)

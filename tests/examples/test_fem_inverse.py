@@ -38,6 +38,7 @@ def test_entries_are_those_that_scikit_fem_assembles(module):
     np.testing.assert_allclose(got.toarray(), expected.toarray(), atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_coefficient_is_recovered_and_refining_saves_work(module):
     with jax.enable_x64(False):
         task = module.task(refinements=4, epochs=100)

@@ -70,7 +70,11 @@ def test_the_adjoint_spends_the_same_budget_and_reports_it(refined):
 
 @pytest.mark.parametrize(
     ("solver", "estimator", "parameters"),
-    [("jacobi", "unrolled", 1), ("steepest", "implicit", 3), ("steepest", "unrolled", 1)],
+    [
+        ("jacobi", "unrolled", 1),
+        ("steepest", "implicit", 3),
+        pytest.param("steepest", "unrolled", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_every_variant_recovers_the_parameters(solver, estimator, parameters):
     with jax.enable_x64(False):

@@ -105,6 +105,7 @@ def test_one_seed_needs_no_note(train: Train, tmp_path: Path, monkeypatch: pytes
     assert legend.get_title().get_text() == "two"
 
 
+@pytest.mark.slow
 def test_names_and_panels_do_not_overlap(
     make_task: Callable[..., Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

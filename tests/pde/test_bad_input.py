@@ -10,6 +10,7 @@ import scipy.sparse as sp
 
 import bilevel as bl
 import bilevel_pde as pde
+from tests.pde.cases import few
 from tests.pde.manufactured import D, N, P, R, normal
 
 CG, DIRECT = bl.ConjugateGradient(), pde.SparseDirect()
@@ -24,10 +25,8 @@ def solved(operator, b, solver, **budget):
 @pytest.mark.parametrize("layout", ["diagonals", "segment_sum"])
 def test_rectangular_matrices_are_no_systems(layout):
     operator = pde.from_scipy(sp.csr_array(np.ones((3, 4))), format=layout)
-    with pytest.raises(ValueError, match=r"matvec: v must have shape \(4,\)"):
-        solved(operator, jnp.ones(3), CG)
-    with pytest.raises((ValueError, TypeError), match=r"shape"):
-        solved(operator, jnp.ones(4), CG)
+    with pytest.raises(ValueError, match=r"LinearSystem: the \w+ must be square.*\(3, 4\)"):
+        bl.LinearSystem(operator, jnp.ones(3))
     for refused in (pde.AlgebraicMultigrid, pde.colouring):
         with pytest.raises(ValueError, match="should be square"):
             refused(operator)
@@ -46,7 +45,7 @@ def test_empty_rows_are_singular_and_said_to_be(solver):
     [
         bl.Jacobi(),
         bl.Richardson(1.0, preconditioner=pde.GaussSeidel(colours=np.array([0, 1, 0]))),
-        bl.GMRES(preconditioner=bl.JacobiPreconditioner()),
+        pytest.param(bl.GMRES(preconditioner=bl.JacobiPreconditioner()), marks=pytest.mark.slow),
     ],
     ids=["Jacobi", "Gauss-Seidel", "preconditioner"],
 )
@@ -104,7 +103,7 @@ def test_right_hand_sides_that_are_no_fields():
     np.testing.assert_allclose(both.imag, 2 * both.real, rtol=1e-9)
 
 
-CLOSED = [(N, "cell"), (P, "vertex")]
+CLOSED = [(N, "cell"), pytest.param(P, "vertex", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("boundary", "centering"), CLOSED, ids=["Neumann", "periodic"])
@@ -127,23 +126,26 @@ def test_closed_domains_with_a_source_that_adds_up_to_nothing(boundary, centerin
     np.testing.assert_allclose(constrained.value, expected, atol=1e-12)
 
 
+SOLVERS = {
+    "MINRES": bl.MINRES(),
+    "multigrid": bl.ConjugateGradient(preconditioner=pde.Multigrid()),
+    "fast": bl.Richardson(1.0, preconditioner=pde.FastSolver()),
+    "direct": DIRECT,
+}
+
+
 @pytest.mark.parametrize(
-    "solver",
-    [
-        bl.MINRES(),
-        bl.ConjugateGradient(preconditioner=pde.Multigrid()),
-        bl.Richardson(1.0, preconditioner=pde.FastSolver()),
-        DIRECT,
-    ],
-    ids=["MINRES", "multigrid", "fast", "direct"],
+    ("kind", "name"),
+    few(
+        lambda kind, name: (kind == "stencil") == (name != "MINRES"), ["stencil", "fluxes"], SOLVERS
+    ),
 )
-@pytest.mark.parametrize("kind", ["stencil", "fluxes"])
-def test_closed_domains_with_a_source_that_does_not_have_no_solution(solver, kind):
+def test_closed_domains_with_a_source_that_does_not_have_no_solution(kind, name):
     grid = pde.Grid((6, 6), boundary=N, centering="cell")
     # Fluxes are zero for a constant to the last bit. A stencil's sums are not, and what is left
     # of them makes a solution of rounding errors, with a small residual.
     operator = pde.Diffusion(grid, 1.0) if kind == "fluxes" else -pde.laplacian(grid)
-    solution = solved(operator, jnp.ones(grid.shape), solver)
+    solution = solved(operator, jnp.ones(grid.shape), SOLVERS[name])
     assert solution.status != bl.Status.CONVERGED
     assert bl.Status(int(solution.status)).failed or float(solution.residual_norm) > 0.1
 
@@ -152,10 +154,10 @@ def test_closed_domains_with_a_source_that_does_not_have_no_solution(solver, kin
     ("grid", "expected"),
     [
         (pde.Grid(1), 1 / 8),
-        (pde.Grid(1, centering="cell"), 1 / 8 * 2),
+        pytest.param(pde.Grid(1, centering="cell"), 1 / 8 * 2, marks=pytest.mark.slow),
         (pde.Grid(1, boundary=[(D, R)], centering="cell"), None),
         (pde.Grid((1, 3)), None),
-        (pde.Grid((1, 1, 1)), 1 / 24),
+        pytest.param(pde.Grid((1, 1, 1)), 1 / 24, marks=pytest.mark.slow),
     ],
     ids=["vertex", "cell", "Robin", "line", "cube"],
 )

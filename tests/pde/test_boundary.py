@@ -9,6 +9,7 @@ import pytest
 
 import bilevel as bl
 import bilevel_pde as pde
+from tests.pde.cases import few
 from tests.pde.manufactured import D, N, R, at, boundary_values
 
 SIDES = [
@@ -20,8 +21,14 @@ def linear(p):
     return 1.0 + 2.0 * p[0] - 3.0 * p[1]
 
 
-@pytest.mark.parametrize("centering", ["vertex", "cell", ("vertex", "cell")])
-@pytest.mark.parametrize("boundary", SIDES)
+@pytest.mark.parametrize(
+    ("boundary", "centering"),
+    few(
+        lambda boundary, centering: (centering == "vertex") == (boundary in SIDES[::2]),
+        SIDES,
+        ["vertex", "cell", ("vertex", "cell")],
+    ),
+)
 def test_linear_fields_are_exact(boundary, centering):
     """Any error of a ghost value would show undivided in the rows next to its side."""
     grid = pde.Grid((5, 4), (1.0, 2.0), boundary, centering, origin=(0.3, -0.2))

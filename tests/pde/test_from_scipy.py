@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from hypothesis import given
+from hypothesis import given, settings
 
 import bilevel as bl
 import bilevel_pde as pde
 from bilevel_pde import structure
+from tests.pde.cases import few
 from tests.pde.manufactured import normal
 
 FORMATS = ("diagonals", "padded_columns", "segment_sum")
@@ -77,13 +78,24 @@ def renumbered():
         ]
 
 
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("name", list(MATRICES))
+# Each layout, each matrix with what is particular to it.
+PRODUCTS = {
+    ("square", "diagonals"),
+    ("symmetric", "diagonals"),
+    ("same structure", "segment_sum"),
+    ("tall", "padded_columns"),
+    ("long row", "padded_columns"),
+    ("wide", "segment_sum"),
+    ("banded", "diagonals"),
+}
+
+
+@pytest.mark.parametrize(("name", "layout"), few(lambda *case: case in PRODUCTS, MATRICES, FORMATS))
 def test_products_and_round_trip(name, layout):
     check_products(pde.from_scipy(MATRICES[name], format=layout), MATRICES[name], rtol=1e-12)
 
 
-@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("layout", few(lambda layout: layout == "padded_columns", FORMATS))
 def test_products_in_single_precision(layout):
     matrix = MATRICES["square"].astype(np.float32)
     check_products(pde.from_scipy(matrix, format=layout), matrix, rtol=2e-6)
@@ -134,8 +146,17 @@ def check_products(operator, matrix, rtol):
     np.testing.assert_array_equal(listed.toarray(), matrix.toarray())
 
 
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("name", ["square", "wide", "symmetric"])
+DERIVATIVES = {
+    ("wide", "padded_columns"),
+    ("symmetric", "diagonals"),
+    ("square", "segment_sum"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    few(lambda *case: case in DERIVATIVES, ["square", "wide", "symmetric"], FORMATS),
+)
 def test_derivatives_are_those_of_the_dense_product(name, layout):
     matrix = MATRICES[name]
     operator = pde.from_scipy(matrix, format=layout)
@@ -160,7 +181,7 @@ def test_derivatives_are_those_of_the_dense_product(name, layout):
     np.testing.assert_allclose(operator.with_values(values).rmatvec(w), other.T @ w, atol=1e-12)
 
 
-@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("layout", few(lambda layout: layout == "padded_columns", FORMATS))
 def test_gradient_with_respect_to_the_operator_leaves_padding_alone(layout):
     matrix = MATRICES["long row"]
     operator = pde.from_scipy(matrix, format=layout)
@@ -178,6 +199,7 @@ def test_gradient_with_respect_to_the_operator_leaves_padding_alone(layout):
     assert gradient.stored.shape == operator.stored.shape
 
 
+@settings(max_examples=8)
 @given(
     rows=st.integers(1, 8),
     columns=st.integers(1, 8),
@@ -331,9 +353,8 @@ def test_wrong_shapes_are_refused_and_never_read_out_of_bounds(layout):
 def test_the_core_names_from_scipy():
     with pytest.raises(TypeError, match=r"bilevel_pde\.from_scipy"):
         bl.solve(bl.LinearSystem(MATRICES["square"], jnp.ones(12)), None, jnp.zeros(12))
-    problem = bl.LinearSystem(pde.from_scipy(MATRICES["tall"]), jnp.ones(13))
-    with pytest.raises((TypeError, ValueError), match="shape"):
-        bl.solve(problem, None, jnp.zeros(9))
+    with pytest.raises(ValueError, match=r"LinearSystem: the \w+ must be square.*\(13, 9\)"):
+        bl.LinearSystem(pde.from_scipy(MATRICES["tall"]), jnp.ones(13))
 
 
 def test_default_precision_of_jax_is_kept():

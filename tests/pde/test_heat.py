@@ -9,6 +9,7 @@ import scipy.linalg
 import bilevel as bl
 import bilevel_pde as pde
 from bilevel.testing import taylor_test
+from tests.pde.cases import few
 
 D, N, P, R = pde.Dirichlet(), pde.Neumann(), pde.Periodic(), pde.Robin(1.0, 0.5)
 ORDERS = {"implicit_euler": 1, "crank_nicolson": 2}
@@ -18,8 +19,16 @@ def slope(errors):
     return np.log2(errors[-2] / errors[-1])
 
 
-@pytest.mark.parametrize("scheme", ORDERS)
-@pytest.mark.parametrize("shape", [(16,), (8, 6), (5, 4, 4)])
+@pytest.mark.parametrize(
+    ("scheme", "shape"),
+    few(
+        lambda scheme, shape: (
+            (scheme, len(shape)) in {("implicit_euler", 1), ("crank_nicolson", 2)}
+        ),
+        ORDERS,
+        [(16,), (8, 6), (5, 4, 4)],
+    ),
+)
 def test_mode_decays_with_the_order_of_the_scheme(scheme, shape):
     """A discrete eigenfunction decays exactly exponentially: what is left is the error in time."""
     grid = pde.Grid(shape)
@@ -36,7 +45,7 @@ def test_mode_decays_with_the_order_of_the_scheme(scheme, shape):
     assert abs(slope(errors) - ORDERS[scheme]) < 0.1, errors
 
 
-@pytest.mark.parametrize("scheme", ORDERS)
+@pytest.mark.parametrize("scheme", few(lambda scheme: scheme == "crank_nicolson", ORDERS))
 def test_order_with_forcing_and_boundary_values_that_vary(scheme):
     """Against the exponential integrator of the same matrix, on mixed sides."""
     grid = pde.Grid(10, boundary=[(D, R)])
@@ -63,8 +72,10 @@ def test_order_with_forcing_and_boundary_values_that_vary(scheme):
     assert abs(slope(errors) - ORDERS[scheme]) < 0.1, errors
 
 
-@pytest.mark.parametrize("centering", ["vertex", "cell"])
-@pytest.mark.parametrize("scheme", ORDERS)
+@pytest.mark.parametrize(
+    ("scheme", "centering"),
+    few(lambda *case: case == ("crank_nicolson", "vertex"), ORDERS, ["vertex", "cell"]),
+)
 def test_closed_sides_conserve_heat(scheme, centering):
     grid = pde.Grid((7, 6), boundary=[(N, N), P], centering=centering)
     u = 1.0 + pde.boxes(jax.random.key(0), grid, 2)

@@ -34,7 +34,7 @@ def amplification(stepper, mode, steps):
     ("scheme", "linearization"),
     [
         ("implicit_euler", "explicit"),
-        ("crank_nicolson", "explicit"),
+        pytest.param("crank_nicolson", "explicit", marks=pytest.mark.slow),
         ("crank_nicolson", "newton"),
         pytest.param("implicit_euler", "picard", marks=pytest.mark.slow),
     ],
@@ -85,7 +85,9 @@ def test_order_in_time(options, order):
     assert abs(np.log2(ratio) - order) < 0.1
 
 
-@pytest.mark.parametrize("linearization", ["explicit", "picard"])
+@pytest.mark.parametrize(
+    "linearization", [pytest.param("explicit", marks=pytest.mark.slow), "picard"]
+)
 def test_mean_is_kept_and_pushed_by_the_forcing(linearization):
     grid = line(16)
     u = 0.3 + waves(grid)
@@ -239,7 +241,7 @@ def test_bad_input():
         make(8, 0.1)
 
 
-@pytest.mark.parametrize("shape", [9, (6, 7)])
+@pytest.mark.parametrize("shape", [9, pytest.param((6, 7), marks=pytest.mark.slow)])
 def test_biharmonic_is_the_square_of_the_laplacian_and_has_a_fast_inverse(shape):
     grid = pde.Grid(shape, boundary=pde.Periodic())
     second = pde.laplacian(grid).to_scipy().toarray()

@@ -14,7 +14,7 @@ from tests.pde.manufactured import D, N, P, R, normal
 MULTIGRID = pde.Multigrid()
 CG = bl.ConjugateGradient(preconditioner=MULTIGRID)
 MIXED = [(D, N), P]
-SLOW_LINE = pytest.param(pde.Grid(50), marks=pytest.mark.slow)
+SOLID = pde.Grid((10, 8, 9), 1.0, [D, P, (N, D)])
 
 
 def positive(shape):
@@ -67,7 +67,7 @@ def volumes(grid):
 @pytest.mark.parametrize(
     ("kind", "smoother"),
     [
-        ("V", pde.ChebyshevSmoother()),
+        pytest.param("V", pde.ChebyshevSmoother(), marks=pytest.mark.slow),
         ("W", pde.WeightedJacobi()),
         pytest.param("F", pde.WeightedJacobi(), marks=pytest.mark.slow),
         pytest.param("V", pde.GaussSeidel(), marks=pytest.mark.slow),
@@ -141,7 +141,8 @@ def test_iterations_do_not_grow_to_fine_grids(boundary):
     assert max(counts) - min(counts) <= 2
 
 
-@pytest.mark.parametrize("boundary", [N, pytest.param(MIXED, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("boundary", [N, MIXED])
 def test_vertices_on_neumann_sides(boundary):
     grid = pde.Grid((17, 16), 1.0, boundary)
     operator, weights = -pde.laplacian(grid), volumes(grid)
@@ -163,7 +164,7 @@ def test_vertices_on_neumann_sides_unsymmetric(boundary):
     assert int(solved(operator.transposed(), jnp.asarray(back), stabilised).iterations) <= 6
 
 
-@pytest.mark.parametrize("grid", [SLOW_LINE, pde.Grid((10, 8, 9), 1.0, [D, P, (N, D)])])
+@pytest.mark.parametrize("grid", [pde.Grid(50), pytest.param(SOLID, marks=pytest.mark.slow)])
 def test_one_and_three_dimensions(grid):
     k = jnp.asarray(positive(grid.shape))
     b = jnp.asarray(volumes(grid) * normal(grid.shape))

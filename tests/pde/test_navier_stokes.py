@@ -143,6 +143,7 @@ def deviation(cells, reynolds):
     return worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reynolds", [100, 400])
 def test_cavity_against_the_table(reynolds):
     """On half of the cells of those who made it; the error is of second order."""

@@ -14,7 +14,9 @@ HEAT = pde.Heat(GRID, 0.3, 0.02)
 WAVE = pde.Burgers(GRID, 0.1, 0.02, linearization="newton")
 
 
-@pytest.mark.parametrize("stepper", [HEAT, WAVE], ids=["heat", "burgers"])
+@pytest.mark.parametrize(
+    "stepper", [pytest.param(HEAT, marks=pytest.mark.slow), WAVE], ids=["heat", "burgers"]
+)
 def test_states_are_those_of_single_steps(stepper):
     trajectory, solutions = pde.rollout_with_solutions(stepper, U, 3)
     u = U
@@ -25,7 +27,9 @@ def test_states_are_those_of_single_steps(stepper):
     assert solutions.status.tolist() == [bl.Status.CONVERGED] * 3
 
 
-@pytest.mark.parametrize("stepper", [HEAT, WAVE], ids=["heat", "burgers"])
+@pytest.mark.parametrize(
+    "stepper", [HEAT, pytest.param(WAVE, marks=pytest.mark.slow)], ids=["heat", "burgers"]
+)
 def test_checkpoints_change_no_gradient(stepper):
     def gradient(checkpoint):
         def loss(u):

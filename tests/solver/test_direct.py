@@ -12,7 +12,7 @@ BREAKDOWN, ROUNDING, CONVERGED = bl.Status.BREAKDOWN, bl.Status.ROUNDING, bl.Sta
 
 
 @pytest.mark.parametrize("complex_valued", [False, True])
-@pytest.mark.parametrize("kind", ["definite", "general"])
+@pytest.mark.parametrize("kind", [pytest.param("definite", marks=pytest.mark.slow), "general"])
 def test_one_iteration_solves(kind, complex_valued):
     matrix, rhs, solution = system(kind, complex_valued=complex_valued)
     options = {"symmetric": True, "positive_definite": True} if kind == "definite" else {}
@@ -34,8 +34,10 @@ def test_a_matvec_is_made_dense_on_real_coordinates():
     [
         bl.Direct(),
         bl.Jacobi(),
-        bl.GMRES(restart=5),
-        bl.ConjugateGradient(preconditioner=bl.JacobiPreconditioner()),
+        pytest.param(bl.GMRES(restart=5), marks=pytest.mark.slow),
+        pytest.param(
+            bl.ConjugateGradient(preconditioner=bl.JacobiPreconditioner()), marks=pytest.mark.slow
+        ),
     ],
     ids=lambda solver: type(solver).__name__,
 )

@@ -9,6 +9,7 @@ import pytest
 import bilevel as bl
 from bilevel.solver import symmetry
 from tests.core.compiling import jitted
+from tests.marks import others_slow
 from tests.solver.systems import SIZE, SYSTEM, solve, system
 
 STEPS = 25
@@ -84,7 +85,7 @@ SEQUENCES = {
 }
 
 
-@pytest.mark.parametrize("name", SEQUENCES)
+@pytest.mark.parametrize("name", others_slow(SEQUENCES, "heavy ball", "strongly convex", "restart"))
 def test_iterates_are_those_of_a_plain_loop(name):
     solver, loop = SEQUENCES[name]
     solution = minimise(QUADRATIC, solver, iterations=STEPS)
@@ -161,7 +162,7 @@ def test_the_first_step_is_exact_on_a_quadratic():
     np.testing.assert_allclose(solution.value, cauchy, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize("name", others_slow(SEARCHES, "Armijo"))
 def test_a_decrease_that_drowns_in_rounding_does_not_stop_the_search(name):
     # Beside 1e4, decreases vanish once the gradient is 1e-6 of the first.
     offset = bl.Minimization(lambda x, theta: quadratic(x, theta) + 1e4)
@@ -170,7 +171,7 @@ def test_a_decrease_that_drowns_in_rounding_does_not_stop_the_search(name):
     np.testing.assert_allclose(solution.value, SOLUTION, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize("name", others_slow(SEARCHES, "Armijo"))
 def test_a_small_gradient_at_the_start_does_not_stop_the_search(name):
     # Beside a saddle, where it is 1e-7 of what it becomes; the first step tried is 1e7 long.
     weights = jnp.linspace(1.0, 10.0, SIZE)
@@ -200,7 +201,13 @@ square_with_a_wrong_slope.defjvp(
 
 
 @pytest.mark.parametrize("name", SEARCHES)
-@pytest.mark.parametrize("objective", [kink, lambda x, theta: square_with_a_wrong_slope(x) + theta])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        kink,
+        pytest.param(lambda x, theta: square_with_a_wrong_slope(x) + theta, marks=pytest.mark.slow),
+    ],
+)
 def test_a_search_that_fails_says_so(name, objective):
     x0 = jnp.linspace(0.1, 0.2, SIZE)
     solution = minimise(bl.Minimization(objective), SEARCHES[name], 0.3, x0, iterations=500)
@@ -208,7 +215,7 @@ def test_a_search_that_fails_says_so(name, objective):
     assert solution.iterations < 500
 
 
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize("name", others_slow(SEARCHES, "LBFGS"))
 def test_a_start_where_there_is_next_to_no_curvature(name):
     # The natural first step is 10¹⁵ there, fifty halvings too long.
     problem = bl.Minimization(lambda x, theta: jnp.sum(jnp.sqrt(1.0 + (x - theta) ** 2)))
@@ -217,7 +224,7 @@ def test_a_start_where_there_is_next_to_no_curvature(name):
     np.testing.assert_allclose(solution.value, 1.0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize("name", others_slow(SEARCHES, "LBFGS"))
 def test_nothing_to_gain_at_the_solution_is_no_failure(name):
     solved = minimise(CONVEX, SEARCHES[name], iterations=500, rtol=1e-13)
     # Relative to a first residual that is rounding noise already: out of reach.
@@ -258,7 +265,7 @@ def test_optax_iterates_are_those_of_optax():
     np.testing.assert_allclose(solution.value, x, rtol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("dtype", others_slow([jnp.float32, jnp.float64], jnp.float32))
 def test_optax_line_searches_get_the_objective(dtype):
     # float32: the memory of optax.lbfgs is double precision where that is enabled.
     problem = bl.Minimization(lambda x, theta: jnp.sum(jnp.cosh(x - theta)))
@@ -280,7 +287,7 @@ COMPLEX = {
 }
 
 
-@pytest.mark.parametrize("name", COMPLEX)
+@pytest.mark.parametrize("name", others_slow(COMPLEX, "Nesterov", "LBFGS", "sgd"))
 def test_complex_unknowns_go_downhill(name):
     target = np.array([1.0 + 2.0j, -3.0j])
     problem = bl.Minimization(
@@ -313,7 +320,12 @@ def test_chebyshev_iterates_have_chebyshevs_error(steps):
 
 
 @pytest.mark.parametrize(
-    "solver", [bl.Chebyshev(), bl.Chebyshev(lanczos_steps=4), bl.Chebyshev(lower=LOW)]
+    "solver",
+    [
+        pytest.param(bl.Chebyshev(), marks=pytest.mark.slow),
+        bl.Chebyshev(lanczos_steps=4),
+        pytest.param(bl.Chebyshev(lower=LOW), marks=pytest.mark.slow),
+    ],
 )
 def test_chebyshev_estimates_an_interval_that_serves(solver):
     known = solve(MATRIX, RHS, bl.Chebyshev(LOW, HIGH), iterations=200, rtol=1e-10)
@@ -353,7 +365,7 @@ def test_steepest_descent_is_cauchys():
     assert solution.applications == STEPS + 2 + symmetry.APPLICATIONS
 
 
-@pytest.mark.parametrize("complex_valued", [False, True])
+@pytest.mark.parametrize("complex_valued", others_slow([False, True], False))
 @pytest.mark.parametrize("name", ["Chebyshev", "SteepestDescent"])
 def test_preconditioning_pays(name, complex_valued):
     matrix, rhs, _ = system("definite", complex_valued=complex_valued)

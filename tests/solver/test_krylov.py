@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import bilevel as bl
 from bilevel import vector
+from tests.marks import others_slow
 from tests.solver.systems import SIZE, SYSTEM, krylov_minimiser, solve, system
 
 SOLVERS = {
@@ -22,6 +23,15 @@ ALL = [*SOLVERS.items(), ("general", GMRES)]
 NAMES = ["CG", "MINRES", "BiCGStab", "GMRES(5)"]
 
 
+def cases(*fast):
+    """`ALL`, of which all but those named run with `-m slow` alone."""
+    named = zip(NAMES, ALL, strict=True)
+    return [
+        pytest.param(case, id=name, marks=[] if name in fast else pytest.mark.slow)
+        for name, case in named
+    ]
+
+
 # ------------------------------------------------------------------ the same as others
 
 SCIPY = {
@@ -32,8 +42,21 @@ SCIPY = {
 }
 
 
-@pytest.mark.parametrize(("name", "case"), [*zip(NAMES, ALL, strict=True)], ids=NAMES)
-@pytest.mark.parametrize("complex_valued", [False, True])
+@pytest.mark.parametrize(
+    ("name", "case", "complex_valued"),
+    [
+        pytest.param(
+            name,
+            case,
+            complex_valued,
+            id=f"{complex_valued}-{name}",
+            # SciPy's MINRES has no complex form.
+            marks=[] if complex_valued != (name == "MINRES") else pytest.mark.slow,
+        )
+        for complex_valued in (False, True)
+        for name, case in zip(NAMES, ALL, strict=True)
+    ],
+)
 def test_iterates_are_scipys(name, case, complex_valued):
     if complex_valued and name == "MINRES":
         pytest.skip("SciPy's MINRES has no complex form")
@@ -152,7 +175,7 @@ def test_zero_right_hand_side_costs_nothing(case):
     assert not np.any(solution.value)
 
 
-@pytest.mark.parametrize("case", ALL, ids=NAMES)
+@pytest.mark.parametrize("case", cases("CG"))
 def test_non_finite_numbers_are_reported(case):
     kind, solver = case
     matrix, rhs, _ = system(kind)
@@ -185,7 +208,7 @@ def test_gmres_stops_at_rounding_level():
 # ------------------------------------------------------------------------ scale and dtype
 
 
-@pytest.mark.parametrize("case", ALL, ids=NAMES)
+@pytest.mark.parametrize("case", cases("CG"))
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_scale_changes_no_count(case, dtype):
     kind, solver = case
@@ -205,7 +228,7 @@ def test_scale_changes_no_count(case, dtype):
     assert counts.pop()[2] == CONVERGED
 
 
-@pytest.mark.parametrize("case", ALL, ids=NAMES)
+@pytest.mark.parametrize("case", cases("MINRES"))
 def test_complex64_stays(case):
     kind, solver = case
     matrix, rhs, solution = system(kind, complex_valued=True)
@@ -218,7 +241,7 @@ def test_complex64_stays(case):
 # ---------------------------------------------------------- pytrees, real-linear operators
 
 
-@pytest.mark.parametrize("case", ALL, ids=NAMES)
+@pytest.mark.parametrize("case", cases("BiCGStab"))
 def test_pytrees_with_real_and_complex_leaves(case):
     kind, solver = case
     matrix, rhs, _ = system(kind)
@@ -243,7 +266,15 @@ def test_pytrees_with_real_and_complex_leaves(case):
     np.testing.assert_allclose(flatten(ours.value), expected, atol=1e-8)
 
 
-@pytest.mark.parametrize("solver", [bl.MINRES(), bl.BiCGStab(), GMRES], ids=NAMES[1:])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        pytest.param(bl.MINRES(), marks=pytest.mark.slow),
+        bl.BiCGStab(),
+        pytest.param(GMRES, marks=pytest.mark.slow),
+    ],
+    ids=NAMES[1:],
+)
 def test_hessians_of_complex_unknowns_are_linear_over_the_reals(solver):
     matrix, rhs, _ = system("definite", complex_valued=True, size=4)
 
@@ -284,7 +315,7 @@ def badly_scaled(kind, *, complex_valued=False):
     return matrix, rhs
 
 
-@pytest.mark.parametrize("case", ALL, ids=NAMES)
+@pytest.mark.parametrize("case", cases("CG"))
 def test_jacobi_preconditioner_undoes_bad_scaling(case):
     kind, solver = case
     matrix, rhs = badly_scaled(kind)
@@ -311,7 +342,7 @@ def test_preconditioned_minres_minimises_in_the_norm_of_the_inverse():
     np.testing.assert_allclose(ours.residual_norm, true_norm, rtol=1e-9)
 
 
-@pytest.mark.parametrize("flexible", [False, True])
+@pytest.mark.parametrize("flexible", others_slow([False, True], True))
 def test_preconditioned_gmres_minimises_the_true_residual(flexible):
     matrix, rhs, _ = system("general")
     inverse = np.linalg.inv(np.triu(matrix))
@@ -341,7 +372,9 @@ def test_flexible_gmres_takes_an_iteration_for_a_preconditioner():
     assert solve(matrix, rhs, rigid, iterations=20, rtol=1e-10).status == BREAKDOWN
 
 
-@pytest.mark.parametrize("solver", [bl.ConjugateGradient, bl.MINRES])
+@pytest.mark.parametrize(
+    "solver", [bl.ConjugateGradient, pytest.param(bl.MINRES, marks=pytest.mark.slow)]
+)
 def test_an_indefinite_preconditioner_breaks_down(solver):
     matrix, rhs, _ = system("definite")
     signs = np.where(np.arange(SIZE) < 6, 1.0, -1.0)
@@ -377,7 +410,7 @@ def test_preconditioners_that_do_not_fit_are_refused():
 # ------------------------------------------------------------------------ counts, per sample
 
 
-@pytest.mark.parametrize("case", ALL, ids=NAMES)
+@pytest.mark.parametrize("case", cases("BiCGStab", "GMRES(5)"))
 def test_applications_are_counted_truthfully(case):
     kind, solver = case
     matrix, rhs, _ = system(kind, seed=5)
@@ -409,7 +442,7 @@ def test_a_cycle_ends_where_the_budget_is_met():
     assert applications == sorted(set(applications))
 
 
-@pytest.mark.parametrize("case", ALL, ids=NAMES)
+@pytest.mark.parametrize("case", cases("CG"))
 def test_each_sample_of_a_batch_has_its_own_count(case):
     kind, solver = case
     systems = [system(kind, seed=seed) for seed in (6, 7)]
@@ -460,7 +493,9 @@ def plain_gmres(matrix, rhs, restart, cycles, precondition):
 
 
 @pytest.mark.parametrize(
-    "flexible", [False, True], ids=["forward, rigid", "reverse, flexible, complex"]
+    "flexible",
+    others_slow([False, True], True),
+    ids=["forward, rigid", "reverse, flexible, complex"],
 )
 def test_unrolled_gmres_is_the_plain_loop(flexible):
     size, restart = 8, 3
@@ -526,7 +561,11 @@ def gradients(kind, solver, estimator, **options):
 
 
 @pytest.mark.parametrize(
-    "case", [*SOLVERS.items(), ("general", bl.GMRES())], ids=[*NAMES[:3], "GMRES, exhausted space"]
+    "case",
+    [
+        *cases("BiCGStab")[:3],
+        pytest.param(("general", bl.GMRES()), id="GMRES, exhausted space", marks=pytest.mark.slow),
+    ],
 )
 def test_unrolled_to_convergence_is_the_exact_gradient(case):
     kind, solver = case
@@ -536,7 +575,7 @@ def test_unrolled_to_convergence_is_the_exact_gradient(case):
     np.testing.assert_allclose(ours, exact, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("case", ALL, ids=NAMES)
+@pytest.mark.parametrize("case", cases("BiCGStab"))
 def test_adjoint_solves_give_the_exact_gradient(case):
     kind, solver = case
     budget = bl.Budget(iterations=200, rtol=1e-12)
@@ -546,11 +585,13 @@ def test_adjoint_solves_give_the_exact_gradient(case):
     np.testing.assert_allclose(ours, exact, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_failed_adjoint_gives_no_gradient():
     ours, _ = gradients("symmetric", bl.MINRES(), bl.Implicit(solver=bl.ConjugateGradient()))
     assert np.isnan(ours).all()
 
 
+@pytest.mark.slow
 def test_a_preconditioner_may_be_made_of_theta():
     matrix, rhs, _ = system("definite")
 

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import bilevel as bl
+from tests.marks import others_slow
 
 SCALES = jnp.asarray([1.0, 3.0, 0.2])
 STEP, MOMENTUM = 0.2, 0.7
@@ -52,7 +53,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", others_slow(CASES, "heavy ball"))
 def test_truncated_value_and_unrolled_gradient_are_those_of_a_plain_loop(name):
     solver, loop = CASES[name]
 
@@ -75,7 +76,11 @@ def test_truncated_value_and_unrolled_gradient_are_those_of_a_plain_loop(name):
 
 @pytest.mark.parametrize(
     "solver",
-    [bl.Nesterov(step_size=STEP), bl.ArmijoGradientDescent(), bl.LBFGS()],
+    [
+        bl.Nesterov(step_size=STEP),
+        bl.ArmijoGradientDescent(),
+        pytest.param(bl.LBFGS(), marks=pytest.mark.slow),
+    ],
     ids=lambda solver: type(solver).__name__,
 )
 def test_scale_of_the_objective_changes_no_iteration_of_a_line_search(solver):

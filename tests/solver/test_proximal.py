@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import bilevel as bl
 from bilevel.solver.dense import dense_matrix
 from tests.core.compiling import jitted
+from tests.marks import others_slow
 
 DRAW = np.random.default_rng(3)
 SAMPLES, SIZE = 40, 12
@@ -171,7 +172,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", others_slow(METHODS, "fista", "fixed", "Newton"))
 def test_every_method_finds_the_same_solution(name):
     solver, most = METHODS[name]
     budget = bl.Budget(iterations=1000, rtol=1e-11)
@@ -198,7 +199,9 @@ def proximal_gradient_loop(step_size, steps, *, accelerated, restart):
     return x
 
 
-@pytest.mark.parametrize("acceleration", ["none", "fista", "restart"])
+@pytest.mark.parametrize(
+    "acceleration", others_slow(["none", "fista", "restart"], "none", "restart")
+)
 def test_iterates_are_those_of_a_plain_loop(acceleration):
     solver = bl.ProximalGradient(step_size=0.3, acceleration=acceleration)
     budget = bl.Budget(iterations=30)
@@ -245,6 +248,7 @@ def test_the_scale_changes_nothing(factor):
     assert plain.adjoint.iterations == scaled.adjoint.iterations
 
 
+@pytest.mark.slow
 def test_single_precision_and_per_sample():
     weights = jnp.array([0.02, 0.3, 5.0], jnp.float32)
     features, targets = jnp.asarray(X, jnp.float32), jnp.asarray(Y, jnp.float32)
@@ -278,9 +282,9 @@ def on_the_support(theta, solution):
     "estimator",
     [
         bl.Implicit(),
-        bl.Implicit(solver=bl.ConjugateGradient()),
+        pytest.param(bl.Implicit(solver=bl.ConjugateGradient()), marks=pytest.mark.slow),
         bl.Unrolled(),
-        bl.Neumann(),
+        pytest.param(bl.Neumann(), marks=pytest.mark.slow),
     ],
     ids=["Implicit", "CG", "Unrolled", "Neumann"],
 )
@@ -292,6 +296,7 @@ def test_lasso_hypergradient_is_the_closed_form_on_the_support(estimator):
     np.testing.assert_allclose(got, expected, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_lasso_derivatives_are_finite_differences():
     compiled = jitted(lambda theta: value(LASSO, theta))
     gradient = jitted(jax.grad(lambda theta: value(LASSO, theta)))
@@ -351,7 +356,7 @@ TERMS = {
 }
 
 
-@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("name", others_slow(TERMS, "moving box", "group lasso"))
 def test_other_terms_against_finite_differences(name):
     problem = bl.CompositeMinimization(*TERMS[name])
     expected = differences(jitted(lambda theta: value(problem, theta)), THETA)
@@ -361,6 +366,7 @@ def test_other_terms_against_finite_differences(name):
         np.testing.assert_allclose(compiled(THETA), expected, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_an_elastic_net_solves_the_hessian_of_its_smooth_part():
     quadratic = 0.4
     problem = bl.CompositeMinimization(least_squares, bl.ElasticNet(weight, quadratic))
@@ -371,6 +377,7 @@ def test_an_elastic_net_solves_the_hessian_of_its_smooth_part():
     np.testing.assert_allclose(matrix[np.ix_(support, support)], expected, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_captured_bounds_are_differentiated():
     def captured(theta):
         problem = bl.CompositeMinimization(

@@ -15,6 +15,7 @@ from bilevel.solver.lbfgs import _direction
 from bilevel.solver.line_search import wolfe
 from bilevel.solver.recall import recall
 from tests.core.compiling import jitted
+from tests.marks import others_slow
 from tests.solver.systems import SIZE, krylov_minimiser, solve, system
 
 MATRIX, RHS, SOLUTION = system("definite")
@@ -137,6 +138,7 @@ def test_a_power_of_two_changes_nothing_at_all(exponent):
     np.testing.assert_array_equal(plain.value, scaled.value)
 
 
+@pytest.mark.slow
 def test_unrolled_history_against_the_implicit_gradient():
     problem = bl.Minimization(lambda x, theta: jnp.sum(jnp.cosh(MATRIX @ x - theta * RHS)))
 
@@ -305,7 +307,7 @@ def test_regularisation_tends_to_the_plain_iteration():
     assert distances[2] < distances[1] < distances[0]
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex128])
+@pytest.mark.parametrize("dtype", others_slow([jnp.float32, jnp.complex128], jnp.complex128))
 def test_anderson_in_other_dtypes(dtype):
     x0 = jnp.ones(SIZE, dtype) * (1 + (1j if dtype == jnp.complex128 else 0))
     problem = bl.FixedPoint(

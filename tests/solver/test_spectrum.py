@@ -8,10 +8,11 @@ import pytest
 from bilevel.operator import LinearOperator, as_operator
 from bilevel.solver.lanczos import extreme_eigenvalues
 from bilevel.solver.spectrum import contraction_rate, largest_eigenvalue, largest_singular_value
+from tests.marks import others_slow
 from tests.solver.systems import SIZE, system
 
 
-@pytest.mark.parametrize("complex_valued", [False, True])
+@pytest.mark.parametrize("complex_valued", others_slow([False, True], True))
 def test_extreme_eigenvalues_of_a_symmetric_operator(complex_valued):
     matrix, rhs, _ = system("symmetric", complex_valued=complex_valued)
     values = np.linalg.eigvalsh(matrix)
@@ -37,7 +38,7 @@ def test_eigenvalues_of_a_preconditioned_operator():
     np.testing.assert_allclose(found.largest, values.max(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 20])
+@pytest.mark.parametrize("steps", others_slow([1, 2, 20], 2))
 @pytest.mark.parametrize("factor", [3.0, 0.0, -2.0])
 def test_multiples_of_the_identity_exhaust_the_space_at_once(factor, steps):
     found = extreme_eigenvalues(lambda v: factor * v, jnp.zeros(5), steps)
@@ -46,7 +47,7 @@ def test_multiples_of_the_identity_exhaust_the_space_at_once(factor, steps):
     np.testing.assert_allclose(largest_eigenvalue(operator, jnp.zeros(5), steps), abs(factor))
 
 
-@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+@pytest.mark.parametrize("scale", others_slow([1e-8, 1.0, 1e8], 1e-8, 1e8))
 def test_estimates_scale_with_the_operator(scale):
     matrix = system("general").matrix
     operator = as_operator(jnp.asarray(scale * matrix))
