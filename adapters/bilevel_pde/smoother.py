@@ -79,7 +79,6 @@ class WeightedJacobi(Smoother):
         weight = 2.0 * b.ndim / (2.0 * b.ndim + 1.0) if self.weight is None else self.weight
         step = (weight / diagonal_of(operator)).astype(b.dtype)
 
-
         def again(_: Any, x: Array) -> Array:
             return x + step * (b - operator.matvec(x))
 
