@@ -58,8 +58,18 @@ def error(operator, grid, exact, source, values=None):
     """Of the solution, root mean square."""
     values = boundary_values(grid, exact) if values is None else values
     rhs = at(grid, source) - operator.boundary_term(values)
-    solution = spla.spsolve(operator.to_scipy().tocsc(), np.asarray(rhs).ravel())
+    matrix, rhs = operator.to_scipy().tocsc(), np.asarray(rhs).ravel()
+    solution = (iterated if grid.ndim == 3 else spla.spsolve)(matrix, rhs)
     return np.sqrt(np.mean((solution - np.asarray(at(grid, exact)).ravel()) ** 2))
+
+
+def iterated(matrix, rhs):
+    """In three dimensions the factors of a direct solve would fill hours and memory."""
+    factors = spla.spilu(matrix, drop_tol=1e-3, fill_factor=8)
+    inverse = spla.LinearOperator(matrix.shape, factors.solve)
+    solution, failed = spla.bicgstab(matrix, rhs, rtol=1e-11, maxiter=500, M=inverse)
+    assert not failed
+    return solution
 
 
 def slope(errors):

@@ -9,6 +9,16 @@ from tests.pde.manufactured import D, N, P, R, around, at, error, slope, smooth
 
 LINES = [(D, D), (N, D), (D, N), (R, R), (D, R), (N, R), P]
 
+LOWER_ORDER = {
+    "laplacian",
+    "helmholtz",
+    "diffusion",
+    "central",
+    "upwind",
+    "conservative central",
+    "conservative upwind",
+}
+
 
 def names(boundary):
     if isinstance(boundary, pde.Boundary):
@@ -23,7 +33,7 @@ def laplace(u):
 def operators(grid, u):
     """Each operator and its action on u."""
     # Of the period of the domain, or slower, that grids need not be fine.
-    rate = 2 * jnp.pi if u is around else 2.0
+    rate = 2 * jnp.pi if u is around else 1.0
 
     def conductivity(p):
         return 1.5 + 0.5 * jnp.sin(rate * p[0] + 1.0) * jnp.cos(rate * p[-1])
@@ -85,7 +95,9 @@ def check(boundary, centering, ndim, sizes, names=None, extent=1.0):
                 operator, source, order = made()
                 errors.setdefault((name, order), []).append(error(operator, grid, u, source))
     for (name, order), found in errors.items():
-        assert abs(slope(found) - order) < 0.1, (name, found)
+        # On three grids without what the slope itself still changes by half of, each time.
+        measured = slope(found) if len(found) < 3 else 2 * slope(found) - slope(found[:-1])
+        assert abs(measured - order) < 0.1, (name, found)
 
 
 @pytest.mark.slow
@@ -104,10 +116,10 @@ def test_order_in_one_dimension():
 @pytest.mark.parametrize(
     ("boundary", "centering", "sizes"),
     [
-        ([(D, R), (N, D)], "vertex", (32, 64)),
-        ([(N, R), (D, D)], "cell", (32, 64)),
-        ([(D, N), (R, D)], ["vertex", "cell"], (32, 64)),
-        ([(N, N), (R, R)], "cell", (32, 64)),
+        ([(D, R), (N, D)], "vertex", (64, 128, 256)),
+        ([(N, R), (D, D)], "cell", (32, 64, 128)),
+        ([(D, N), (R, D)], ["vertex", "cell"], (32, 64, 128)),
+        ([(N, N), (R, R)], "cell", (64, 128, 256)),
         (P, "vertex", (64, 128)),
     ],
     ids=["vertex", "cell", "one each", "closed", "periodic"],
@@ -116,18 +128,25 @@ def test_order_in_two_dimensions(boundary, centering, sizes):
     check(boundary, centering, 2, sizes)
 
 
+CORNERS = [(D, D), (D, N), (R, D)]
+# Their errors on the coarsest of the grids still cancel each other in part.
+LATE = {"diffusion", "conservative central"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("boundary", "centering"),
+    ("boundary", "centering", "sizes", "operators"),
     [
-        ([(D, R), (N, D), (D, D)], "cell"),
-        ([(D, D), (D, N), (R, D)], "vertex"),
-        (P, "cell"),
+        ([(D, R), (N, D), (D, D)], "cell", (8, 16, 32), LOWER_ORDER),
+        (CORNERS, "vertex", (8, 16, 32), LOWER_ORDER - LATE),
+        (CORNERS, "vertex", (16, 32, 64), LATE),
+        (P, "cell", (8, 16, 32), LOWER_ORDER),
     ],
-    ids=["cell", "vertex", "periodic"],
+    ids=["cell", "vertex", "vertex, late", "periodic"],
 )
-def test_order_in_three_dimensions(boundary, centering):
-    check(boundary, centering, 3, (10, 20), None, 1.0 if boundary == P else 0.5)
+def test_order_in_three_dimensions(boundary, centering, sizes, operators):
+    sides = 1.0 if boundary == P else 0.5
+    check(boundary, centering, 3, sizes, operators, sides)
 
 
 def test_diffusion_with_a_jump_has_its_order_with_harmonic_means():
