@@ -26,7 +26,10 @@ class AssembledMatrix(Operator):
     - `stored`: the same entries as the format lays them out, with padding; the one leaf that
         derivatives with respect to the operator refer to. That of the padding is zero.
         For a derivative in the order of `values`, differentiate through `with_values`, or
-        take `equinox.combine(gradient, operator).values`.
+        take `equinox.combine(gradient, operator).values`. A matrix known to be symmetric may
+        be applied from half of its entries, each of which still has a derivative of its own:
+        where they change one by one, change them by `with_values`, which forgets what was
+        known.
     - `reason`: why this format was chosen.
     """
 

@@ -11,6 +11,7 @@ import scipy.sparse as sp
 from jaxtyping import Array, Float, Int
 
 from bilevel_pde.assembled import AssembledMatrix, checked_vector, times, without_padding
+from bilevel_pde.explicit_product import explicit_product
 from bilevel_pde.structure import Structure, rows_of
 
 
@@ -18,7 +19,9 @@ class Diagonals(AssembledMatrix):
     """A sparse matrix stored by its diagonals, made by `from_scipy`.
 
     Row i of diagonal o holds A[i, i + o]; A v is the sum of the diagonals times shifted v,
-    one kernel without a gather.  See `AssembledMatrix` for what all formats share.
+    one kernel without a gather.  Of a symmetric matrix only the upper diagonals are read,
+    from memory that is what an application takes its time for.  See `AssembledMatrix` for
+    what all formats share.
 
     >>> import jax.numpy as jnp, scipy.sparse as sp, bilevel_pde as pde
     >>> matrix = sp.diags_array([1.0, -2.0, 1.0], offsets=[-1, 0, 1], shape=(4, 4))
@@ -68,7 +71,8 @@ class Diagonals(AssembledMatrix):
 
     def matvec(self, v: Array) -> Array:
         """A v: the sum of the diagonals times v shifted up by the offset."""
-        return _product(self, checked_vector(self, v))
+        v = checked_vector(self, v)
+        return _symmetric_product(self, v) if self._mirrored() else _product(self, v)
 
     def rmatvec(self, v: Array) -> Array:
         """Aᵀ v: the sum of what the diagonals times v are, shifted back."""
@@ -100,6 +104,12 @@ class Diagonals(AssembledMatrix):
             for number, offset in enumerate(self.offsets)
         ]
 
+    def _mirrored(self) -> bool:
+        """Whether each diagonal below the main one is known to be one above it, moved."""
+        below = {offset for offset in self.offsets if offset < 0}
+        above = {-offset for offset in self.offsets if offset > 0}
+        return bool(self.symmetric and below and below == above)
+
     def _room(self) -> int:
         """How many entries the diagonals have inside of the matrix."""
         rows, columns = self.extent
@@ -114,6 +124,27 @@ def _product(operator: Diagonals, v: Array) -> Array:
     for offset, diagonal in operator.parts():
         total = total + times(diagonal, _shift(v, offset, length))
     return total
+
+
+@jax.jit
+def _symmetric_product(operator: Diagonals, v: Array) -> Array:
+    length = operator.extent[0]
+    parts = operator.parts()
+
+    def halved(v: Array) -> Array:
+        total = _nothing(operator, length, v)
+        for offset, diagonal in parts:
+            if offset >= 0:
+                total = total + times(diagonal, _shift(v, offset, length))
+            if offset > 0:
+                total = total + _shift(times(diagonal, v), -offset, length)
+        return total
+
+    def product(v: Array) -> Array:
+        # Every entry has a derivative of its own.
+        return _product(operator, v)
+
+    return explicit_product(operator.stored, v, length, product, halved, halved)
 
 
 @jax.jit

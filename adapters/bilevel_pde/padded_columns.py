@@ -10,6 +10,7 @@ import scipy.sparse as sp
 from jaxtyping import Array, Float, Int
 
 from bilevel_pde.assembled import AssembledMatrix, checked_vector, times, without_padding
+from bilevel_pde.explicit_product import explicit_product
 from bilevel_pde.structure import MOST_UNROLLED, Structure, rows_of, width
 
 
@@ -228,25 +229,11 @@ def _through(target: Columns, source: Columns, mirror: np.ndarray) -> Array:
 # Compiled as one also where the caller is not: the kernels are fused, and traced once.
 @jax.jit
 def _with_explicit_transpose(operator: PaddedColumns, v: Array) -> Array:
-    """A v whose transpose is Aᵀ v as it is written out: transposing gathers would scatter.
-
-    JAX takes the transpose of a product from nobody but that of a solve. So y = A v is half
-    of the solution of [[I, 0], [-A, I]] [x, y] = [v, 0], whose transpose is solved with a
-    product with Aᵀ, and whose derivative with respect to A is that of A v.
-    """
+    """A v whose transpose is Aᵀ v as it is written out: transposing gathers would scatter."""
     stored = operator.entries()[2]
-    v = v.astype(jnp.result_type(stored, v))
-    shape = (operator.extent[0], *v.shape[1:])
-    # JAX transposes a solve only if all of its right-hand side has a tangent, or none of it:
-    # these zeros have one wherever v has, `identity` has where the entries have, and of the
-    # transposed solve's the unused half of the solution.
-    nothing = jnp.broadcast_to(jnp.where(False, jnp.sum(v), 0), shape).astype(v.dtype)
 
     def product(v: Array) -> Array:
         return _product(operator.layout, stored, v)
-
-    def identity(v: Array) -> Array:
-        return v + jnp.where(False, jnp.sum(stored) * v, 0)
 
     def mirrored(v: Array) -> Array:
         if operator.symmetric:
@@ -254,10 +241,4 @@ def _with_explicit_transpose(operator: PaddedColumns, v: Array) -> Array:
         transposed = operator.transposed()
         return _product(transposed.layout, transposed.stored, v)
 
-    x, y = jax.lax.custom_linear_solve(
-        lambda pair: (identity(pair[0]), pair[1] - product(pair[0])),
-        (v, nothing),
-        solve=lambda _, rhs: (rhs[0], rhs[1] + product(rhs[0])),
-        transpose_solve=lambda _, rhs: (rhs[0] + mirrored(rhs[1]), rhs[1]),
-    )
-    return y + jnp.where(False, jnp.sum(x), 0).astype(v.dtype)
+    return explicit_product(stored, v, operator.extent[0], product, product, mirrored)
