@@ -114,6 +114,11 @@ def _load(file: Path) -> types.ModuleType:
     loader = importlib.machinery.SourceFileLoader(name, str(file.resolve()))
     spec = importlib.util.spec_from_file_location(name, file, loader=loader)
     assert spec is not None
+    try:
+        loader.get_code(name)
+    except ValueError as error:
+        # What Python before 3.11.4 raises for null bytes.
+        raise SyntaxError(str(error)) from error
     module = importlib.util.module_from_spec(spec)
     # Dataclasses and pickles look their module up, and files beside this one are imported
     # as they would be if it were run as a script.
