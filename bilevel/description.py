@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import equinox as eqx
@@ -12,8 +13,12 @@ from jax.core import Tracer
 from bilevel.status import Status
 
 
-def described(module: Any) -> str:
+def described(module: Any, *, without: Collection[str] = ()) -> str:
     """A representation of a module with the numbers in it, where JAX and Equinox show shapes.
+
+    **Arguments:**
+
+    - `without`: names of fields to leave out.
 
     >>> import jax.numpy as jnp, bilevel as bl
     >>> bl.solve(bl.LinearSystem(jnp.eye(2), jnp.ones(2)), None, jnp.zeros(2)).diagnosis[:9]
@@ -28,7 +33,7 @@ def described(module: Any) -> str:
     parts = [
         f"{field.name}={_shown(field.name, value)}"
         for field in dataclasses.fields(module)
-        if (value := getattr(module, field.name)) is not None
+        if field.name not in without and (value := getattr(module, field.name)) is not None
     ]
     return f"{type(module).__name__}({', '.join(parts)})"
 

@@ -31,7 +31,8 @@ from bilevel.status import Status
 class Cost(eqx.Module):
     """What a hypergradient took, all int32.
 
-    - `primal_iterations`, `adjoint_iterations`: iterations of the two solves.
+    - `primal_iterations`, `adjoint_iterations`: iterations of the two solves, those of the
+        linear solver where the primal one has one inside (Newton): the same unit for both.
     - `operator_applications`: evaluations of the residual, or applications of the
         operator, in the primal solve.
     - `transposed_applications`: the same of the transpose, in the adjoint solve.
@@ -227,8 +228,8 @@ def _evaluate(
     error = None if judge is None else _judged(judge, situation)
     none = jnp.int32(0)
     cost = Cost(
-        primal.iterations,
-        adjoint.iterations,
+        primal.inner_iterations,
+        adjoint.inner_iterations,
         primal.applications,
         adjoint.applications,
         none if error is None else error.applications,

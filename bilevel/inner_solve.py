@@ -20,6 +20,7 @@ from bilevel.refinement.fidelity import Fidelity
 from bilevel.solution import Solution
 from bilevel.solver.base import InnerSolver
 from bilevel.solver.default import default_solver
+from bilevel.solver.examination import examine
 
 AnyProbe: TypeAlias = Probe | AdjointProbe
 
@@ -181,6 +182,7 @@ def arrange(
         adjoint_guess=adjoint_guess,
         history=history,
     )
+    examine(solver, getattr(setting.problem, "operator", None))
     return setting, estimator, probe
 
 

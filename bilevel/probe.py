@@ -21,7 +21,8 @@ class Probe(eqx.Module):
     samples of a vmap, receives the *sum* over them; divide by `solves` for means.
 
     - `solves`: adjoint solves that reported.
-    - `primal_iterations`, `adjoint_iterations`: iterations done.
+    - `primal_iterations`, `adjoint_iterations`: iterations done, of the linear solver where
+        the primal one has one inside (Newton).
     - `primal_applications`, `adjoint_applications`: applications of the residual or
         operator, and of its transpose.
     - `primal_residual`, `adjoint_residual`: residual norms relative to each solve's own
@@ -107,6 +108,7 @@ class AdjointProbe(eqx.Module):
             status=self.status.astype(jnp.int32),
             residual_norm=self.residual_norm,
             iterations=self.iterations.astype(jnp.int32),
+            inner_iterations=self.iterations.astype(jnp.int32),
             tolerance=self.tolerance,
             scale=self.scale,
             rate=self.rate,

@@ -2,6 +2,7 @@
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -19,6 +20,8 @@ class Solution(eqx.Module):
     - `status`: int32, one of [`Status`][].
     - `residual_norm`: Euclidean norm of the true residual at `value`, real.
     - `iterations`: int32, iterations done.
+    - `inner_iterations`: int32, iterations of the innermost solver: of the linear one for
+        Newton, `iterations` for a solver that has none inside.
     - `tolerance`: the residual norm that counted as converged (units of the residual).
     - `scale`: the residual norm that relative tolerances referred to: of the right-hand
         side for a linear system; otherwise of the residual at zero of the problem linearised
@@ -45,6 +48,7 @@ class Solution(eqx.Module):
     status: Int[Array, ""]
     residual_norm: Float[Array, ""]
     iterations: Int[Array, ""]
+    inner_iterations: Int[Array, ""]
     tolerance: Float[Array, ""]
     scale: Float[Array, ""]
     rate: Float[Array, ""]
@@ -53,7 +57,10 @@ class Solution(eqx.Module):
 
     def __repr__(self) -> str:
         """The numbers in a line."""
-        return described(self)
+        counts = (self.iterations, self.inner_iterations)
+        known = not any(isinstance(count, Tracer) for count in counts)
+        same = known and np.array_equal(*counts)
+        return described(self, without=("inner_iterations",) if same else ())
 
     @property
     def relative_residual(self) -> Float[Array, ""]:

@@ -57,7 +57,8 @@ class Status(enum.IntEnum):
         6,
         (
             "A NaN or infinity came up in the iteration. Check the data, theta and the start for "
-            "non-finite values."
+            "non-finite values, and the diagonal for zeros if the solver or its preconditioner "
+            "divides by it (Jacobi, Gauss-Seidel)."
         ),
     )
     BREAKDOWN = (

@@ -49,6 +49,7 @@ class AdvectionDiffusion(ThetaMethod):
     """
 
     parameters: ClassVar[tuple[str, ...]] = ("velocity", "diffusivity", *ThetaMethod.parameters)
+    zero: ClassVar[tuple[str, ...]] = ("diffusivity",)
 
     velocity: tuple[Array, ...]
     diffusivity: Array | tuple[Array, ...]

@@ -73,7 +73,8 @@ class AlgebraicMultigrid(eqx.Module):
         `smoothed_aggregation_solver`, such as `{"B": rigid_body_modes}`.
 
     **Raises:** `ImportError` without PyAMG, `IncompatibleError` for a traced matrix,
-    `ValueError` for one that is not square and for another method.
+    `TypeError` for one that is not float32 or float64, `ValueError` for one that is empty, not
+    square or not finite, or has zeros on its diagonal, and for another method.
 
     Ruge & Stüben, in Multigrid Methods, SIAM 1987; Vaněk, Mandel & Brezina, Computing 56, 1996.
     """
@@ -135,6 +136,13 @@ class AlgebraicMultigrid(eqx.Module):
             object.__setattr__(made, name, value)
         return made
 
+    def __repr__(self) -> str:
+        """Size and levels, in one line."""
+        sizes = [level.operator.shape[0] for level in self.levels] + [self.coarsest.shape[0]]
+        levels = "1 level" if len(sizes) == 1 else f"{len(sizes)} levels"
+        down = " → ".join(f"{size:,}" for size in sizes)
+        return f"AlgebraicMultigrid({levels} of {down} unknowns, degree={self.degree})"
+
     def at(self, problem: BoundProblem, x: PyTree) -> Callable[[Any], Any]:
         """V -> M⁻¹ v.
 
@@ -172,6 +180,9 @@ def _concrete(matrix: Any) -> sp.csr_array:
     """The matrix on the host."""
     instead = "; or use pde.Multigrid, which makes its hierarchy in traced code"
     csr = concrete_matrix("AlgebraicMultigrid", matrix, instead)
+    if csr.shape[0] == 0:
+        msg = "AlgebraicMultigrid: the matrix has no rows, there is nothing to precondition."
+        raise ValueError(msg)
     if not (csr.diagonal() != 0).all():
         msg = (
             "AlgebraicMultigrid: the matrix has zeros on its diagonal, which smoothing divides by. "

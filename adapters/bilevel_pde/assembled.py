@@ -71,7 +71,17 @@ class AssembledMatrix(Operator):
 
     @property
     def values(self) -> Float[Array, " count"]:
-        """The stored entries in the order of `to_scipy().data`."""
+        """The stored entries in the order of `to_scipy().data`.
+
+        **Raises:** `ValueError` from the derivative with respect to an operator, which has
+        lost the structure.
+        """
+        if any(leaf is None for leaf in (self.stored, self.slots)):
+            msg = (
+                f"{type(self).__name__}.values: this is a derivative with respect to an operator, "
+                "without its structure. Take equinox.combine(gradient, operator).values."
+            )
+            raise ValueError(msg)
         stored = without_padding(self.stored, self.slots < self.count)
         return jnp.zeros(self.count, stored.dtype).at[self.slots].set(stored, mode="drop")
 

@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from bilevel import vector
-from bilevel_pde.operator import Operator
+from bilevel_pde.operator import Operator, is_factor
 from bilevel_pde.scaled import Scaled
 from bilevel_pde.sum import joined
 from bilevel_pde.triangle import Part
@@ -182,7 +182,7 @@ class Block(Operator):
 
     def __mul__(self, factor: Array | float) -> Operator:
         """C A for a number c, block by block."""
-        if isinstance(factor, Operator) or jnp.ndim(factor) != 0:
+        if not is_factor(self, factor):
             return NotImplemented
         rows = [[None if block is None else block * factor for block in row] for row in self.rows]
         definite = None

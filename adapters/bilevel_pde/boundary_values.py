@@ -18,7 +18,7 @@ def insert(
 ) -> Float[Array, "..."]:
     """A field with the values of each side times its sources in the points next to it."""
     total = jnp.zeros(grid.shape, grid.dtype)
-    for (axis, side), given in values.items():
+    for (axis, side), given in sided(grid, values).items():
         value = on_side(grid, axis, side, given)
         for source in sources.get((axis, side), ()):
             face = jnp.broadcast_to(source * value, value.shape)
@@ -29,18 +29,30 @@ def insert(
     return total
 
 
+def sided(grid: Grid, values: Any) -> BoundaryValues:
+    """Boundary values by side, and by nothing else.
+
+    **Raises:** `TypeError` for what is no mapping, `ValueError` for other keys.
+    """
+    sides = [(a, s) for a in range(grid.ndim) if not grid.is_periodic(a) for s in (0, 1)]
+    if not isinstance(values, Mapping):
+        msg = (
+            f"boundary_term: values should be a mapping from sides (axis, 0 or 1) among {sides}, "
+            f"got {type(values).__name__}."
+        )
+        raise TypeError(msg)
+    for key in values:
+        if key not in sides:
+            msg = f"boundary_term: values belong to sides (axis, 0 or 1) among {sides}, got {key}."
+            raise ValueError(msg)
+    return values
+
+
 def on_side(grid: Grid, axis: int, side: int, given: Any) -> Float[Array, "..."]:
     """A boundary value as a field on its side, with one point across it.
 
-    **Raises:** `ValueError` for sides that take no value and values of another shape,
-    `TypeError` for complex ones.
+    **Raises:** `ValueError` for values of another shape, `TypeError` for complex ones.
     """
-    if axis not in range(grid.ndim) or side not in {0, 1} or grid.is_periodic(axis):
-        sides = [(a, s) for a in range(grid.ndim) if not grid.is_periodic(a) for s in (0, 1)]
-        msg = (
-            f"boundary_term: values belong to sides (axis, 0 or 1) among {sides}, got {axis, side}."
-        )
-        raise ValueError(msg)
     face = tuple(1 if d == axis else n for d, n in enumerate(grid.shape))
     flat = tuple(n for d, n in enumerate(grid.shape) if d != axis)
     if jnp.issubdtype(jnp.result_type(given), jnp.complexfloating):

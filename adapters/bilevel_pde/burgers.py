@@ -49,8 +49,8 @@ class Burgers(Stepper):
         - `"implicit"`: all of it, as of a converged w: the adjoint solves with the transposed
           Jacobian. After few linearisations it is the derivative of the implicit step at w,
           and not that of the iterations done.
-        - `"unrolled"`: the linearisations that were done, all of them, for `"picard"`; each
-          linear solve implicitly.
+        - `"unrolled"`: the linearisations that were done, all of them; each linear solve
+          implicitly, and how far Newton's steps are shortened held.
         - `"frozen"`: drops how the advecting velocity moves: the adjoint solves with the
           transposed matrix at w.
         - `"detached"`: drops everything: the step is a constant.
@@ -124,6 +124,12 @@ class Burgers(Stepper):
         one = self.grid.like
         return one if self.grid.ndim == 1 else (one,) * self.grid.ndim
 
+    @property
+    def state_kind(self) -> str:
+        """What a state is, in words."""
+        one = super().state_kind
+        return one if self.grid.ndim == 1 else f"a tuple (u, v), each {one}"
+
     def problem(self) -> Quasilinear:
         """The system of a step, M(w) w = u + dt f; its θ is (stepper, u)."""
         return Quasilinear(_system, frozen=self.derivative == "frozen")
@@ -135,6 +141,11 @@ class Burgers(Stepper):
         total = Diffusion(self.grid, self.viscosity).stencil() + carried
         assert isinstance(total, Stencil)
         return total
+
+    def outermost(self, effort: Effort) -> Budget | None:
+        """The budget of the linearisations."""
+        del effort
+        return self.outer_budget
 
     def solved(self, u: PyTree, guess: PyTree, effort: Effort) -> Solution:
         """The inner solve of a step, started at a guess."""
@@ -162,7 +173,7 @@ class Burgers(Stepper):
             if value is None:
                 return None
             return tuple(field_or_number("Burgers", name, part, grid) for part in parts)
-        return tuple(side_values(grid, part) for part in parts)
+        return tuple(side_values("Burgers", grid, part) for part in parts)
 
     def _by_component(self, name: str, value: Any) -> tuple[Any, ...]:
         ndim = self.grid.ndim

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,9 @@ from bilevel_pde.transfer import AxisTransfer, Side, coarser, intervals
 
 FEWEST = 4
 """An axis of fewer intervals is not made coarser."""
+
+NEAR = 1.5
+"""Spacings within this factor are alike: along all such axes the grid is made coarser at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,17 +91,34 @@ def _prescribed(side: Boundary) -> Side:
 
 
 def coarse_grid(grid: Grid) -> Grid | None:
-    """The grid of half as many intervals along every axis that has enough; `None` if none has."""
+    """The grid of half as many intervals along its `strong` axes that have enough.
+
+    **Returns:** `None` where there is no such axis.
+    """
     shape = list(grid.shape)
-    for axis, points in enumerate(grid.shape):
+    for axis in strong(grid, [axis for axis in range(grid.ndim) if _is_long(grid, axis)]):
         cells, sides = grid.centering[axis] == "cell", sides_of(grid, axis)
-        if intervals(points, sides, cells=cells) >= 2 * FEWEST:
-            shape[axis] = coarser(points, sides, cells=cells)
+        shape[axis] = coarser(grid.shape[axis], sides, cells=cells)
     if tuple(shape) == grid.shape:
         return None
     return Grid(
         tuple(shape), grid.extent, grid.boundary, grid.centering, grid.origin, grid.dtype
     )  # fmt: skip
+
+
+def strong(grid: Grid, axes: Sequence[int]) -> tuple[int, ...]:
+    """Of some axes those along which points are nearest, to a factor of `NEAR`.
+
+    Along the others neighbours hardly couple, and no smoother that goes from point to point
+    smooths there what a coarser grid would need.
+    """
+    nearest = min((grid.spacing[axis] for axis in axes), default=0.0)
+    return tuple(axis for axis in axes if grid.spacing[axis] <= NEAR * nearest)
+
+
+def _is_long(grid: Grid, axis: int) -> bool:
+    cells, sides = grid.centering[axis] == "cell", sides_of(grid, axis)
+    return intervals(grid.shape[axis], sides, cells=cells) >= 2 * FEWEST
 
 
 def coarsen(operator: Operator, transfer: Transfer) -> Operator | None:

@@ -17,7 +17,7 @@ from bilevel_pde.boundary_values import BoundaryValues, insert
 from bilevel_pde.definiteness import Definiteness
 from bilevel_pde.faces import Mean, above, below, to_faces
 from bilevel_pde.grid import Grid, Side
-from bilevel_pde.operator import Operator
+from bilevel_pde.operator import Operator, is_factor
 from bilevel_pde.shift import shift
 from bilevel_pde.stencil import Stencil
 from bilevel_pde.triangle import Part
@@ -39,7 +39,10 @@ class Diffusion(Operator):
         where it depends on the direction.
     - `at`: `"points"` for k of the grid's shape, or `"faces"` for a tuple of fields of
         `grid.face_shape(axis)`, whose outermost values belong to the sides.
-    - `mean`: of points to faces, `"arithmetic"` or `"harmonic"`, which is right for jumps.
+    - `mean`: of points to faces. `"arithmetic"` is for a smooth k; on a side without a point
+        it is continued linearly, to no less than half of the outermost value, where the
+        derivative has a kink. `"harmonic"` is for jumps: k is constant around each point, up
+        to the side, and the flux through layers is exact.
     - `reaction`: c, a number or a field.
 
     It is exactly symmetric unless a vertex is on a Neumann or Robin side, where `weighted()`
@@ -185,9 +188,15 @@ class Diffusion(Operator):
         return self.stencil().norm_bound()
 
     def boundary_term(self, values: BoundaryValues) -> Float[Array, "..."]:
-        """What boundary values add to A u, see [`Stencil.boundary_term`][].
+        """What boundary values add to A u; a problem is A u = f less this.
 
-        A Neumann value is the slope ∂u/∂n, not the flux k ∂u/∂n.
+        **Arguments:**
+
+        - `values`: by side, (axis, 0) or (axis, 1): a number, or an array of the side's
+            shape. On a Dirichlet side u; on a Neumann side the slope ∂u/∂n, not the flux
+            k ∂u/∂n; on a Robin side what its combination equals. Sides left out have zero.
+
+        **Returns:** of the grid's shape, differentiable in the values and in k.
         """
         return insert(self.grid, self._sources(), values)
 
@@ -250,7 +259,7 @@ class Diffusion(Operator):
 
     def __mul__(self, factor: Array | float) -> Operator:
         """C A for a number c."""
-        if isinstance(factor, Operator) or jnp.ndim(factor) != 0:
+        if not is_factor(self, factor):
             return NotImplemented
         number = folding.number(self.grid, factor)
         return self._with(

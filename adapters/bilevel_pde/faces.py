@@ -16,8 +16,10 @@ def to_faces(
 ) -> Float[Array, "..."]:
     """A field on the faces across an axis, of `grid.face_shape(axis)`.
 
-    Between points their mean; on a face at a side where there is no point the field continued
-    linearly, which is of second order.
+    Between points their mean.  On a face at a side where there is no point: for the
+    arithmetic mean the field continued linearly, which is of second order where it is smooth;
+    for the harmonic mean the value of the outermost point, as of a field that is constant
+    around each.
 
     **Arguments:**
 
@@ -41,7 +43,7 @@ def to_faces(
     outermost = ((points(0, 1), points(1, 2)), (points(-1, None), points(-2, -1)))
     for side, (first, second) in enumerate(outermost):
         on_boundary = grid.centering[axis] == "vertex" and grid.boundary[axis][side].on_boundary
-        if on_boundary or grid.shape[axis] == 1:
+        if on_boundary or grid.shape[axis] == 1 or mean == "harmonic":
             ends.append(first)
         else:
             end = 1.5 * first - 0.5 * second

@@ -16,9 +16,9 @@ from bilevel_pde.axis_transform import AxisTransform
 from bilevel_pde.definiteness import Offset, is_varied
 from bilevel_pde.diffusion import Diffusion
 from bilevel_pde.grid import Grid
+from bilevel_pde.mean_shift import shifted_operator, with_mean
 from bilevel_pde.operator import Operator
 from bilevel_pde.shift import shift
-from bilevel_pde.source import grid_operator
 from bilevel_pde.stencil import Stencil
 from bilevel_pde.weighting import as_discretised, without_mean
 
@@ -31,7 +31,7 @@ class FastSolver(eqx.Module):
     kinds take a dense matrix an axis.  The coefficients may be traced.  As a solver it is
     `bl.Richardson(1.0, preconditioner=pde.FastSolver())`, which takes one iteration.  Where
     constant fields are in the kernel (periodic or Neumann sides all around), they are left
-    out.
+    out; an operator plus a multiple of [`Mean`][] is taken, too.
 
     Offsets are next neighbours along an axis; where all axes are periodic, any.  The two
     coefficients of an axis must be equal, unless it is periodic; a `Diffusion` takes a number
@@ -79,9 +79,12 @@ class FastSolver(eqx.Module):
         the axes, or coefficients that vary.
         """
         del x
-        operator = grid_operator(problem, "FastSolver") if self.operator is None else self.operator
-        assert isinstance(operator, Stencil | Diffusion)
-        return as_discretised(operator, _inverse)
+        if self.operator is not None:
+            assert isinstance(self.operator, Stencil | Diffusion)
+            return as_discretised(self.operator, _inverse)
+        operator, factor = shifted_operator(problem, "FastSolver")
+        inverse = as_discretised(operator, _inverse)
+        return inverse if factor is None else with_mean(operator, factor, inverse)
 
 
 def _inverse(operator: Stencil | Diffusion) -> Callable[[Array], Array]:

@@ -41,7 +41,7 @@ def divergence_free(
     >>> bool(jnp.max(jnp.abs(pde.Divergence(cavity) @ flow)) < 1e-4)
     True
     """
-    u: Velocity = as_state("velocity", tuple(velocity), staggered.like)
+    u: Velocity = as_state("velocity", tuple(velocity), staggered.like, "a tuple of components")
     divergence = Divergence(staggered)
     source = divergence.matvec(u)
     if walls is not None:
@@ -63,13 +63,20 @@ def smoothed_noise(
 
     **Returns:** a field of mean square one; of mean zero, too, on a periodic grid.
 
-    **Raises:** `ValueError` for a negative smoothing.
+    **Raises:** `ValueError` for a negative smoothing, and a grid of fewer than 3 points along an
+    axis.
 
     >>> import jax
     >>> field = smoothed_noise(jax.random.key(0), Grid((8, 8)))
     >>> round(float((field**2).mean()), 3)
     1.0
     """
+    if min(grid.shape) < 3:
+        msg = (
+            "smoothed_noise: grid should have at least 3 points along each axis, got shape "
+            f"{grid.shape}."
+        )
+        raise ValueError(msg)
     smoothing = positive("smoothed_noise", "smoothing", smoothing, grid.dtype, zero=True)
     noise = jax.random.normal(key, grid.shape, grid.dtype)
     operator = identity(grid) + Diffusion(grid, smoothing).stencil()

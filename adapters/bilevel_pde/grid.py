@@ -27,7 +27,7 @@ class Grid:
 
     **Arguments:**
 
-    - `shape`: unknowns along each axis; an integer for one dimension.
+    - `shape`: unknowns along each axis, integers; one for one dimension.
     - `extent`: length of the domain along each axis, or one for all.
     - `boundary`: [`Dirichlet`][] (default), [`Neumann`][], [`Robin`][] or [`Periodic`][] for all
         sides; or a list of one for each axis, each a condition or a pair (low, high).
@@ -35,10 +35,11 @@ class Grid:
         Dirichlet side start one spacing inside, those of another side on the boundary; cells
         start half a spacing inside.
     - `origin`: coordinate where the domain starts along each axis, or one for all.
-    - `dtype`: of coefficients and fields; by default JAX's default floating type.
+    - `dtype`: of coefficients and fields, float32 or float64; by default JAX's default floating
+        type.
 
     **Raises:** `ValueError` for a shape, length or pairing of conditions that makes no grid,
-    `TypeError` for a dtype that is not floating.
+    `TypeError` for a shape that is not of integers and another dtype.
 
     The grid of the published Poisson problem has 30 inner points, 1/31 apart:
 
@@ -134,6 +135,16 @@ class Grid:
         """The value one spacing outside of a side; `None` on a periodic axis."""
         return self.boundary[axis][side].ghost(self.centering[axis], self.spacing[axis])
 
+    def coincides(self, other: "Grid") -> bool:
+        """Whether the points are the same, whatever holds on the sides."""
+        if (self.shape, self.origin) != (other.shape, other.origin):
+            return False
+        starts = all(
+            self._offset(axis) == other._offset(axis)  # noqa: SLF001
+            for axis in range(self.ndim)
+        )
+        return starts and np.allclose(self.spacing, other.spacing, rtol=1e-6)
+
     def coordinates(self) -> tuple[Float[Array, "..."], ...]:
         """Coordinates of the points, a 1-D array for each axis.
 
@@ -206,12 +217,14 @@ class Grid:
         return np.asarray(values, self.dtype).reshape(shape)
 
 
-def _shape(shape: int | Sequence[int]) -> tuple[int, ...]:
-    given = shape if isinstance(shape, Sequence) else (shape,)
+def _shape(shape: Any) -> tuple[int, ...]:
+    given: tuple[Any, ...] = tuple(shape) if _is_list(shape) else (shape,)
     try:
+        if any(isinstance(n, bool | np.bool_) for n in given):
+            raise TypeError  # noqa: TRY301
         points = tuple(operator.index(n) for n in given)
-    except TypeError:
-        msg = f"Grid: shape should be integers, got {shape!r}."
+    except (TypeError, jax.errors.ConcretizationTypeError):
+        msg = f"Grid: shape should be integers, one for each axis, got {shape!r}."
         raise TypeError(msg) from None
     if not 1 <= len(points) <= 3 or min(points) < 1:
         msg = f"Grid: shape should be one to three positive integers, got {shape!r}."
@@ -219,12 +232,16 @@ def _shape(shape: int | Sequence[int]) -> tuple[int, ...]:
     return points
 
 
+def _is_list(value: Any) -> bool:
+    """Whether it is one thing for each axis: a sequence, or an array of one dimension."""
+    if isinstance(value, np.ndarray | jax.Array):
+        return value.ndim == 1
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
 def _each(name: str, value: T | Sequence[T], count: int) -> tuple[T, ...]:
-    values: tuple[Any, ...]
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        values = tuple(value)
-    else:
-        values = (value,) * count
+    given: Any = value
+    values: tuple[Any, ...] = tuple(given) if _is_list(given) else (given,) * count
     if len(values) != count:
         msg = (
             f"Grid: {name} should be one for all axes or one for each of {count}, "
@@ -281,8 +298,14 @@ def _pairs(
 
 
 def _dtype(dtype: Any) -> np.dtype[Any]:
-    chosen = np.dtype(jax.dtypes.canonicalize_dtype(float if dtype is None else dtype))
-    if not jnp.issubdtype(chosen, jnp.floating):
-        msg = f"Grid: dtype should be floating, such as float32, got {chosen}."
+    try:
+        chosen = np.dtype(jax.dtypes.canonicalize_dtype(float if dtype is None else dtype))
+    except TypeError:
+        msg = f"Grid: dtype should be float32 or float64, got {dtype!r}."
+        raise TypeError(msg) from None
+    if chosen not in {np.dtype(np.float32), np.dtype(np.float64)}:
+        msg = f"Grid: dtype should be float32 or float64, got {chosen}."
+        if jnp.issubdtype(chosen, jnp.floating):
+            msg += " In less no tolerance holds: convert the fields that come out."
         raise TypeError(msg)
     return chosen

@@ -140,6 +140,10 @@ class KuramotoSivashinsky(Stepper):
             return LinearSystem(_matrix, _right_hand_side, symmetric=True)
         return Quasilinear(_system, frozen=self.derivative == "frozen")
 
+    def outermost(self, effort: Effort) -> Budget | None:
+        """The budget of the linearisations, or of the only linear solve."""
+        return effort.budget if self.linearization == "explicit" else self.outer_budget
+
     def solved(self, u: PyTree, guess: PyTree, effort: Effort) -> Solution:
         """The inner solve of a step, started at a guess."""
         solver = self._preconditioned() if self.own_solver is None else self.own_solver

@@ -82,7 +82,7 @@ class Mean(Operator):
         if size > LARGEST:
             msg = (
                 f"Mean: its matrix is full, and of {size} points too large to write out (at most "
-                f"{LARGEST}). Use an iterative solver, or a smaller grid."
+                f"{LARGEST}). pde.SparseDirect and iterative solvers need no matrix."
             )
             raise ValueError(msg)
         return sp.csr_array(np.full((size, size), 1.0 / size, self.grid.dtype))

@@ -27,7 +27,7 @@ def colouring(matrix: Any, order: Order = "greedy") -> np.ndarray:
 
     **Returns:** an integer for each unknown, from 0, shape (n,).
 
-    **Raises:** `ValueError` for a matrix that is not square and another order,
+    **Raises:** `ValueError` for a matrix that is not square or no valid one, and another order,
     `IncompatibleError` for a traced one.
 
     >>> import scipy.sparse as sp
@@ -38,7 +38,7 @@ def colouring(matrix: Any, order: Order = "greedy") -> np.ndarray:
     if order not in {"greedy", "natural"}:
         msg = f"colouring: order should be 'greedy' or 'natural', got {order!r}."
         raise ValueError(msg)
-    csr = concrete_matrix("colouring", matrix)
+    csr = concrete_matrix("colouring", matrix, pattern=True)
     ones = sp.csr_array((np.ones(csr.nnz, np.int8), csr.indices, csr.indptr), csr.shape)
     pattern = sp.csr_array(ones + ones.T)
     pattern.sort_indices()

@@ -1,8 +1,11 @@
 """The incompressible Navier–Stokes equations."""
 
+import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
@@ -11,6 +14,7 @@ from bilevel.budget import Budget
 from bilevel.solution import Solution
 from bilevel.solver.base import InnerSolver
 from bilevel.solver.gmres import GMRES
+from bilevel.status import Status
 from bilevel_pde.advection_diffusion import Differences, checked_differences
 from bilevel_pde.block import Block, block_diagonal
 from bilevel_pde.convection_operator import convection
@@ -29,7 +33,18 @@ from bilevel_pde.operator import Operator
 from bilevel_pde.pressure_schur import PressureSchur
 from bilevel_pde.quasilinear import Quasilinear
 from bilevel_pde.staggered import Divergence, Gradient, Staggered, Velocity
-from bilevel_pde.stepper import Effort, Stepper, as_state, field_or_number, positive, side_values
+from bilevel_pde.stepper import (
+    Effort,
+    Stepper,
+    as_state,
+    field_or_number,
+    positive,
+    side_values,
+    with_status,
+)
+
+LEAST = 3
+"""Cells along an axis that the default solvers need."""
 
 State = tuple[Velocity, Array]
 """Velocity and pressure."""
@@ -61,8 +76,8 @@ class NavierStokes(Stepper):
         - `"implicit"`: all of it, as of a converged w: the adjoint solves with the transposed
           Jacobian. After few linearisations it is the derivative of the implicit step at w,
           and not that of the iterations done.
-        - `"unrolled"`: the linearisations that were done, all of them, for `"picard"`; each
-          linear solve implicitly.
+        - `"unrolled"`: the linearisations that were done, all of them; each linear solve
+          implicitly, and how far Newton's steps are shortened held.
         - `"frozen"`: drops how the advecting velocity moves: the adjoint solves with the
           transposed matrix at w.
         - `"detached"`: drops everything: the step is a constant.
@@ -122,6 +137,13 @@ class NavierStokes(Stepper):
             )
             raise TypeError(msg)
         check_linearization("NavierStokes", linearization, derivative)
+        if (solver is None or adjoint_solver is None) and min(staggered.cells.shape) < LEAST:
+            msg = (
+                f"NavierStokes: staggered should have at least {LEAST} cells along each axis for "
+                f"the default solvers, got {staggered.cells.shape}. Take more, or give both solver "
+                "and adjoint_solver, such as pde.SparseDirect()."
+            )
+            raise ValueError(msg)
         default = GMRES(restart=20, preconditioner=PressureSchur(), flexible=True)
         self.staggered = staggered
         self.grid = staggered.cells
@@ -144,6 +166,11 @@ class NavierStokes(Stepper):
         """Velocity and pressure."""
         return self.staggered.like, self.grid.like
 
+    @property
+    def state_kind(self) -> str:
+        """What a state is, in words."""
+        return "a state (velocity, pressure), velocity a tuple, see stepper.state(velocity)"
+
     def state(self, velocity: Any, pressure: Any = None) -> State:
         """A state of a velocity, with a guess of the pressure, zero by default.
 
@@ -152,9 +179,14 @@ class NavierStokes(Stepper):
         if pressure is None:
             pressure = jnp.zeros(self.grid.shape, self.grid.dtype)
         return (
-            as_state("velocity", tuple(velocity), self.staggered.like),
-            as_state("pressure", pressure, self.grid.like),
+            as_state("velocity", tuple(velocity), self.staggered.like, self._velocity_kind),
+            as_state("pressure", pressure, self.grid.like, "a field of a number for each cell"),
         )
+
+    @property
+    def _velocity_kind(self) -> str:
+        shapes = ", ".join(str(grid.shape) for grid in self.staggered.components)
+        return f"a tuple of fields of shapes {shapes}"
 
     def problem(self) -> Quasilinear:
         """The saddle point of a step; its θ is (stepper, state)."""
@@ -179,9 +211,17 @@ class NavierStokes(Stepper):
         """The saddle point at an advecting velocity: what each linearisation solves with."""
         return _saddle(self, self.transport(w))
 
+    def outermost(self, effort: Effort) -> Budget | None:
+        """The budget of the linearisations."""
+        del effort
+        return self.outer_budget
+
     def solved(self, u: PyTree, guess: PyTree, effort: Effort) -> Solution:
-        """The inner solve of a step, started at a guess."""
-        return solve_linearised(
+        """The inner solve of a step, started at a guess.
+
+        Its status is `INCONSISTENT` where more flows in through the walls than out.
+        """
+        solution = solve_linearised(
             self.problem(),
             (self._data(), u),
             guess,
@@ -192,6 +232,22 @@ class NavierStokes(Stepper):
             linearization=self.linearization,
             derivative=self.derivative,
         )
+        # The pressure's mean would take up what no flow can.
+        _, unbalanced = _net_outflow(self.staggered, jax.lax.stop_gradient(self.boundary_values))
+        return with_status(solution, unbalanced, Status.INCONSISTENT)
+
+    def check_controls(self, controls: Mapping[str, Any]) -> None:
+        """Refuse parameters of several steps that no step can be done with."""
+        super().check_controls(controls)
+        values = controls.get("boundary_values")
+        if values is None or any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values)):
+            return
+
+        def look(part: Any) -> tuple[Array, Array]:
+            return _net_outflow(self.staggered, self._by_component("boundary_values", part))
+
+        for net, unbalanced in zip(*jax.vmap(look)(values), strict=True):
+            _check_balance(net, unbalanced=unbalanced)
 
     def _checked(self, name: str, value: Any) -> Any:
         if name in {"viscosity", "dt"}:
@@ -204,8 +260,9 @@ class NavierStokes(Stepper):
         parts = zip(self.staggered.components, self._by_component(name, value), strict=True)
         if name == "forcing":
             return tuple(field_or_number("NavierStokes", name, part, grid) for grid, part in parts)
-        values = tuple(side_values(grid, part) for grid, part in parts)
-        _check_balance(self.staggered, values)
+        values = tuple(side_values("NavierStokes", grid, part) for grid, part in parts)
+        net, unbalanced = _net_outflow(self.staggered, values)
+        _check_balance(net, unbalanced=unbalanced)
         return values
 
     def _by_component(self, name: str, value: Any) -> tuple[Any, ...]:
@@ -229,7 +286,7 @@ def lid_driven_cavity(
 
     **Arguments:**
 
-    - `cells`: along each side.
+    - `cells`: along each side, at least 3.
     - `viscosity`: ν = lid / Reynolds number.
     - `lid`: the speed of the wall y = 1 in direction of x, a number or one for each face.
     - `dtype`: of the grid.
@@ -266,24 +323,19 @@ def _saddle(stepper: NavierStokes, transport: Block) -> Block:
     return Block(rows, symmetric=False)
 
 
-def _check_balance(staggered: Staggered, values: Any) -> None:
-    """Refuse walls through which more flows in than out."""
-    if not any(values):
-        return
+def _net_outflow(staggered: Staggered, values: Any) -> tuple[Array, Array]:
+    """What flows out through walls and not in, and whether that is more than rounding."""
     through = Divergence(staggered).boundary_term(values)
     net, size = jnp.sum(through), jnp.sum(jnp.abs(through))
-    if isinstance(net, Tracer):
-        return
-    if abs(float(net)) > 1e3 * jnp.finfo(through.dtype).eps * float(size):
+    unbalanced = jnp.abs(net) > 1e3 * jnp.finfo(through.dtype).eps * size
+    return net * math.prod(staggered.cells.spacing), unbalanced
+
+
+def _check_balance(net: Array, *, unbalanced: Array) -> None:
+    """Refuse walls through which more flows in than out."""
+    if not isinstance(unbalanced, Tracer) and bool(unbalanced):
         msg = (
             "NavierStokes: boundary_values should let out of the domain what they let in, got a "
-            f"net outflow of {float(net) * _volume(staggered):.3g}. Correct them by their mean."
+            f"net outflow of {float(net):.3g}. Correct them by their mean."
         )
         raise ValueError(msg)
-
-
-def _volume(staggered: Staggered) -> float:
-    volume = 1.0
-    for h in staggered.cells.spacing:
-        volume *= h
-    return volume

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from bilevel import vector
@@ -104,7 +105,7 @@ class Operator(eqx.Module):
         - `diagonal`: whether the diagonal belongs to it.
 
         **Raises:** `ValueError` for a rectangular A, `IncompatibleError` from an operator
-        whose entries are not kept.
+        that does not know its entries.
         """
         return self.triangle("lower", diagonal=diagonal)
 
@@ -118,12 +119,9 @@ class Operator(eqx.Module):
         if self.shape[0] != self.shape[1]:
             msg = f"{name} is rectangular, {self.shape}, and has no {part} triangle."
             raise ValueError(msg)
-        letter = part[0]
-        msg = (
-            f"{name} keeps no entries to take the {part} triangle of. Use "
-            f"pde.from_scipy(scipy.sparse.tri{letter}(operator.to_scipy()))."
-        )
-        raise IncompatibleError(msg)
+        from bilevel_pde.listed_entries import ListedEntries  # noqa: PLC0415
+
+        return ListedEntries.triangle_of(self, part, diagonal=diagonal)
 
     def norm_bound(self) -> Float[Array, ""]:
         """A bound of ‖A‖₂ from sums of sizes over rows and over columns, after Gershgorin.
@@ -217,6 +215,13 @@ class Operator(eqx.Module):
             from bilevel_pde.product import Product  # noqa: PLC0415
 
             return Product(self, other)
+        if isinstance(other, str | bytes | None) or sp.issparse(other):
+            hint = " Make it an operator with pde.from_scipy." if sp.issparse(other) else ""
+            msg = (
+                f"{type(self).__name__} @ v: v should be a field like {self.like} or an operator, "
+                f"got {type(other).__name__}.{hint}"
+            )
+            raise TypeError(msg)
         return self.matvec(other)
 
     def __add__(self, other: "Operator") -> "Operator":
@@ -239,7 +244,7 @@ class Operator(eqx.Module):
         """C A for a number c, traced or not."""
         from bilevel_pde.scaled import Scaled  # noqa: PLC0415
 
-        if isinstance(factor, Operator) or jnp.ndim(factor) != 0:
+        if not is_factor(self, factor):
             return NotImplemented
         return Scaled.of(factor, self)
 
@@ -249,7 +254,33 @@ class Operator(eqx.Module):
 
     def __truediv__(self, divisor: Array | float) -> "Operator":
         """A / c for a number c."""
+        if isinstance(divisor, Operator) or not is_factor(self, divisor):
+            return NotImplemented
+        if not isinstance(divisor, Tracer) and float(np.asarray(divisor)) == 0:
+            msg = f"{type(self).__name__} / 0: the divisor should not be zero."
+            raise ZeroDivisionError(msg)
         return self * (1.0 / divisor)
+
+
+def is_factor(operator: Operator, value: Any) -> bool:
+    """Whether an operator can be multiplied with a value: a real number, traced or not.
+
+    **Raises:** `TypeError` for a complex number, `ValueError` for one that is not finite,
+    where that can be seen.
+    """
+    if isinstance(value, Operator | str | bytes | None) or jnp.ndim(value) != 0:
+        return False
+    name = type(operator).__name__
+    if jnp.iscomplexobj(value):
+        msg = (
+            f"{name}: operators are real, got the factor {value}. Write the real system "
+            "[[Re, -Im], [Im, Re]] with pde.Block."
+        )
+        raise TypeError(msg)
+    if not isinstance(value, Tracer) and not np.isfinite(np.asarray(value, float)):
+        msg = f"{name}: a factor should be finite, got {value}."
+        raise ValueError(msg)
+    return True
 
 
 def transpose_defect(operator: Any, seed: int = 0) -> Float[Array, ""]:

@@ -1,8 +1,10 @@
 """Product: one operator after another."""
 
+import itertools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
 from jax.core import Tracer
@@ -10,7 +12,14 @@ from jaxtyping import Array, Float, PyTree
 
 from bilevel import vector
 from bilevel.solver.base import IncompatibleError
+from bilevel_pde.diffusion import Diffusion
+from bilevel_pde.listed_entries import diagonal_like
 from bilevel_pde.operator import Operator
+from bilevel_pde.shift import shift
+from bilevel_pde.stencil import Stencil
+
+MOST_MATCHED = 2**19
+"""Entries of a factor that are matched on the host for a diagonal, each time it is asked for."""
 
 
 class Product(Operator):
@@ -58,9 +67,36 @@ class Product(Operator):
         """Bᵀ Aᵀ."""
         return Product(self.right.transposed(), self.left.transposed())
 
-    def diagonal(self) -> None:
-        """Unknown: it takes the product of the matrices."""
-        return
+    def diagonal(self) -> PyTree | None:
+        """Σₖ A[i, k] B[k, i], from the pairs of entries that meet there and no others.
+
+        `None` for a rectangular product, and where the factors do not list their entries, or
+        their rows and columns are traced, or there are more than half a million of them, of
+        which matching takes seconds: pde.from_scipy(product.to_scipy()) then has a diagonal.
+        Factors on a grid are matched by their offsets, whatever their size.
+        """
+        if self.shape[0] != self.shape[1] or _kinds(self.like) != _kinds(self.range_like):
+            return None
+        on_grid = [_stencil_of(factor) for factor in (self.left, self.right)]
+        if on_grid[0] is not None and on_grid[1] is not None:
+            return _diagonal_of(on_grid[0], on_grid[1])
+        try:
+            rows, inner, left = self.left.entries()
+            outer, columns, right = self.right.entries()
+        except IncompatibleError:
+            return None
+        if any(isinstance(part, Tracer) for part in (rows, inner, outer, columns)):
+            return None
+        if max(len(rows), len(outer)) > MOST_MATCHED:
+            return None
+        width = vector.size(self.left.like)
+        ahead = np.asarray(rows, np.int64) * width + np.asarray(inner)
+        back = np.asarray(columns, np.int64) * width + np.asarray(outer)
+        places = np.intersect1d(ahead, back)
+        factors = [
+            _at(places, numbers, values) for numbers, values in ((ahead, left), (back, right))
+        ]
+        return diagonal_like(self.like, places // max(width, 1), factors[0] * factors[1])
 
     def norm_bound(self) -> Float[Array, ""]:
         """The product of the factors' bounds."""
@@ -93,6 +129,34 @@ class Product(Operator):
         rank = np.arange(len(first)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         second = by_row[starts[inner[first]] + rank]
         return rows[first], columns[second], left[first] * right[second]
+
+
+def _stencil_of(operator: Operator) -> Stencil | None:
+    if isinstance(operator, Diffusion):
+        return operator.stencil()
+    return operator if isinstance(operator, Stencil) else None
+
+
+def _diagonal_of(left: Stencil, right: Stencil) -> Array:
+    """Σₒ A's coefficient of the way there times B's, over there, of the way back."""
+    grid = left.grid
+    periodic = tuple(grid.is_periodic(axis) for axis in range(grid.ndim))
+    total = jnp.zeros(grid.shape, grid.dtype)
+    for there, back in itertools.product(left.offsets, right.offsets):
+        around = (a + b for a, b in zip(there, back, strict=True))
+        if all(
+            step % points == 0 if closed else step == 0
+            for step, points, closed in zip(around, grid.shape, periodic, strict=True)
+        ):
+            total += left.coefficient(there) * shift(right.coefficient(back), there, periodic)
+    return total
+
+
+def _at(places: np.ndarray, numbers: np.ndarray, values: Array) -> Array:
+    """Values added up by their place, those elsewhere left out."""
+    index = np.searchsorted(places, numbers)
+    inside = np.flatnonzero(np.append(places, -1)[index] == numbers)
+    return jax.ops.segment_sum(values[inside], index[inside], len(places))
 
 
 def _kinds(tree: PyTree) -> PyTree:

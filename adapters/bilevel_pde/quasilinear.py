@@ -16,7 +16,9 @@ from bilevel.operator import LinearOperator, as_operator
 from bilevel.problem import InnerProblem
 from bilevel.solver.base import IncompatibleError, InnerSolver, default_tolerance
 from bilevel.solver.bicgstab import BiCGStab
-from bilevel.solver.linear import solve_linear
+from bilevel.solver.newton import linear_correction
+from bilevel_pde.jacobian import Jacobian
+from bilevel_pde.operator import Operator
 from bilevel_pde.source import Near
 
 LINEARISATIONS = 50
@@ -73,15 +75,23 @@ class Quasilinear(InnerProblem):
             name="quasilinear system",
             residual=lambda x: vector.negative(self.residual(x, theta)),
             lagged=lagged,
-            near=lambda x: Near.of(self.system(x, theta)[0]),
+            near=lambda x: self._source(x, theta),
         )
+
+    def _source(self, x: PyTree, theta: PyTree) -> Near | Operator | None:
+        """The matrix at x, and the Jacobian where that is another one."""
+        matrix = self.system(x, theta)[0]
+        if not isinstance(matrix, Operator):
+            return None
+        return matrix if self.held else Near(matrix, Jacobian(matrix, self.system, x, theta))
 
 
 class PicardState(eqx.Module):
-    """Iterate, and how often a matrix was applied."""
+    """Iterate, how often a matrix was applied, and iterations of the linear solver."""
 
     x: PyTree
     applications: Int[Array, ""]
+    inner_iterations: Int[Array, ""]
 
 
 class Picard(InnerSolver):
@@ -141,7 +151,7 @@ class Picard(InnerSolver):
     def init(self, problem: BoundProblem, x: PyTree) -> PicardState:
         """The start."""
         del problem
-        return PicardState(x, jnp.int32(1))
+        return PicardState(x, jnp.int32(1), jnp.int32(0))
 
     def step(self, problem: BoundProblem, state: PicardState, residual: PyTree) -> PicardState:
         """One linear solve."""
@@ -154,24 +164,23 @@ class Picard(InnerSolver):
         back = default if self.adjoint_budget is None else self.adjoint_budget
         guess = jax.lax.stop_gradient(state.x)
         rhs = _moving_together(rhs, operator.matvec(guess))
-
-        def forward(_: Any, rhs: Any) -> Any:
-            solution, _ = solve_linear(operator, rhs, self.linear, budget, guess)
-            return solution.value, solution.applications.astype(float)
-
-        def backward(_: Any, rhs: Any) -> Any:
-            solution, _ = solve_linear(operator.transposed(rhs), rhs, self.linear, back)
-            return solution.value, solution.applications.astype(float)
-
-        x, count = jax.lax.custom_linear_solve(
-            operator.matvec, rhs, forward, transpose_solve=backward, has_aux=True
+        x, effort = linear_correction(
+            operator, rhs, self.linear, budget, adjoint_budget=back, guess=guess
         )
-        count = jax.lax.stop_gradient(count).astype(jnp.int32)
-        return PicardState(x, state.applications + count)
+        return PicardState(
+            x,
+            state.applications + effort.applications,
+            state.inner_iterations + effort.iterations,
+        )
 
     def applications(self, state: PicardState, iterations: Int[Array, ""]) -> Int[Array, ""]:
         """Those of the linear solver, and one for each residual."""
         return state.applications + iterations
+
+    def inner_iterations(self, state: PicardState, iterations: Int[Array, ""]) -> Int[Array, ""]:
+        """Those of the linear solver."""
+        del iterations
+        return state.inner_iterations
 
     def default_budget(self, x0: PyTree) -> Budget:
         """To within rounding, in a few iterations."""

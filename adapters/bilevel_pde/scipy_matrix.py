@@ -77,15 +77,19 @@ def from_scipy(
     return KINDS[chosen.format].of(csr, chosen, known)
 
 
-def concrete_matrix(owner: str, matrix: Any, instead: str = "") -> sp.csr_array:
-    """A square matrix, or an operator's, on the host.
+def concrete_matrix(
+    owner: str, matrix: Any, instead: str = "", *, pattern: bool = False
+) -> sp.csr_array:
+    """A square matrix, or an operator's, on the host, checked as by `from_scipy`.
 
     **Arguments:**
 
     - `owner`: who asks, for the message; `instead`: what else there is where it is traced.
+    - `pattern`: whether only the places of the entries matter and not what they are.
 
-    **Raises:** `IncompatibleError` for a traced operator, `TypeError` for what is no matrix,
-    `ValueError` for one that is not square.
+    **Raises:** `IncompatibleError` for a traced operator; `TypeError` for what is no matrix,
+    or one that is not float32 or float64; `ValueError` for one that is not square, has
+    indices out of range, or entries that are not finite.
     """
     if isinstance(matrix, Operator):
         try:
@@ -102,8 +106,7 @@ def concrete_matrix(owner: str, matrix: Any, instead: str = "") -> sp.csr_array:
             f"{type(matrix).__name__}."
         )
         raise TypeError(msg)
-    given: Any = matrix
-    csr: Any = sp.csr_array(given)
+    csr = structure.canonical(matrix, owner, pattern=pattern)
     rows, columns = csr.shape
     if rows != columns:
         msg = f"{owner}: matrix should be square, got shape ({rows}, {columns})."

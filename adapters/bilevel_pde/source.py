@@ -17,18 +17,21 @@ class Near(eqx.Module):
     **Arguments:**
 
     - `operator`: such as the matrix of a linearisation, whose Jacobian has other terms.
+    - `exact`: the problem's own, such as this Jacobian, for who can do with its entries.
     """
 
     operator: Operator
-
-    @classmethod
-    def of(cls, operator: Any) -> "Near | None":
-        """The operator as a neighbour; `None` for one of another library."""
-        return cls(operator) if isinstance(operator, Operator) else None
+    exact: Operator | None = None
 
     def transposed(self) -> "Near":
         """What is near the transpose."""
-        return Near(self.operator.transposed())
+        exact = None if self.exact is None else self.exact.transposed()
+        return Near(self.operator.transposed(), exact)
+
+
+def exact_source(source: Any) -> Any:
+    """What an operator was made of, or where that is only near it, what it is."""
+    return source.exact if isinstance(source, Near) else source
 
 
 def source_operator(problem: BoundProblem, name: str) -> Operator:

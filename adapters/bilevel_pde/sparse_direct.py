@@ -19,8 +19,10 @@ from bilevel.bound import BoundProblem
 from bilevel.closed import stopped
 from bilevel.solver.base import IncompatibleError
 from bilevel.solver.direct import Direct
+from bilevel_pde.bordered import bordered_entries
 from bilevel_pde.factors import Factors
 from bilevel_pde.operator import Operator
+from bilevel_pde.source import exact_source
 
 FACTORS = Factors()
 """Shared by all [`SparseDirect`][] solvers of a process, so that an adjoint finds the primal's."""
@@ -43,7 +45,9 @@ class SparseDirect(Direct):
     copies entries and right-hand side to the host and the solution back.
 
     Entries come from `Operator.entries`, and where an operator has none from its `to_scipy`
-    on the host.  Other operators than this adapter's are refused (`IncompatibleError`).
+    on the host; a [`Mean`][] in it takes one more unknown, and fills nothing.  Of a nonlinear
+    step such as [`Burgers`][]' they are those of its Jacobian, so that this checks its adjoint.
+    Other operators than this adapter's are refused (`IncompatibleError`).
 
     >>> import jax, jax.numpy as jnp, scipy.sparse as sp, bilevel as bl, bilevel_pde as pde
     >>> matrix = sp.csr_array([[0.0, 2.0], [1.0, 0.0]])
@@ -73,7 +77,7 @@ class SparseDirect(Direct):
         """
         super().check(problem)
         assert problem.operator is not None
-        source = problem.operator.source
+        source = exact_source(problem.operator.source)
         if not isinstance(source, Operator):
             msg = (
                 f"SparseDirect cannot solve this {problem.name}: its operator is no operator of "
@@ -90,7 +94,7 @@ class SparseDirect(Direct):
         """Factorise, or find the factors."""
         assert problem.operator is not None
         operator = problem.operator
-        source: Operator = operator.source
+        source: Operator = exact_source(operator.source)
         size = source.shape[0]
         host = _Host(source, definite=bool(operator.symmetric and operator.positive_definite))
         key = jax.pure_callback(
@@ -135,23 +139,26 @@ class _Host:
 
     def __init__(self, source: Operator, *, definite: bool):
         self.size = source.shape[0]
-        self.definite = definite
+        self.more = 0
         # What solves a system does not change its solution: no derivative goes through it.
         source = stopped(source)
         self.arguments: list[Any]
         self._assemble: Callable[..., Any]
         try:
-            entries = source.entries()
+            self.more, entries = bordered_entries(source)
         except IncompatibleError:
             arrays, static = eqx.partition(source, eqx.is_array)
             self.arguments, structure = jax.tree.flatten(arrays)
             self._assemble = functools.partial(_to_scipy, structure, static)
         else:
             *indices, values = entries
+            values = jax.lax.stop_gradient(values)
             traced = any(isinstance(part, Tracer) for part in indices)
             known = None if traced else tuple(np.asarray(part) for part in indices)
             self.arguments = [values, *indices] if traced else [values]
-            self._assemble = functools.partial(_from_entries, self.size, known)
+            self._assemble = functools.partial(_from_entries, self.size + self.more, known)
+        # With a border it is not, whatever it was without.
+        self.definite = definite and not self.more
 
     def factorize(self, *arguments: Any) -> np.ndarray:
         """The key of the factors."""
@@ -165,7 +172,9 @@ class _Host:
         mirrored, factors = bool(content[-1]), FACTORS.get(content[:-1])
         if factors is None:
             _, mirrored, factors = FACTORS.find(self._matrix(*arguments), definite=self.definite)
-        return factors.solve(b, transposed=mirrored != flipped).astype(b.dtype)
+        padded = np.pad(b, [(0, self.more)] + [(0, 0)] * (b.ndim - 1))
+        solved = factors.solve(padded, transposed=mirrored != flipped)
+        return solved[: self.size].astype(b.dtype)
 
     def _matrix(self, *arguments: Any) -> sp.coo_array:
         return sp.coo_array(self._assemble(*map(np.asarray, arguments)))

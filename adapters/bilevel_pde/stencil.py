@@ -14,7 +14,7 @@ from bilevel_pde import folding
 from bilevel_pde.boundary_values import BoundaryValues, insert
 from bilevel_pde.definiteness import Coefficients, Definiteness, Offset, examine, is_varied
 from bilevel_pde.grid import Grid
-from bilevel_pde.operator import Operator
+from bilevel_pde.operator import Operator, is_factor
 from bilevel_pde.shift import shift, shift_piece
 from bilevel_pde.triangle import Part, mask
 
@@ -343,7 +343,7 @@ class Stencil(Operator):
 
     def __mul__(self, factor: Array | float) -> Operator:
         """C A for a number c, a stencil."""
-        if isinstance(factor, Operator) or jnp.ndim(factor) != 0:
+        if not is_factor(self, factor):
             return NotImplemented
         number = folding.number(self.grid, factor)
 

@@ -19,8 +19,16 @@ from bilevel.problem import InnerProblem
 from bilevel.refinement.fidelity import Fidelity
 from bilevel.solution import Solution
 from bilevel.solver.base import InnerSolver
-from bilevel_pde.boundary_values import BoundaryValues, on_side
+from bilevel.solver.linear import trusted
+from bilevel.status import Status
+from bilevel_pde.boundary_values import BoundaryValues, on_side, sided
 from bilevel_pde.grid import Grid
+
+UNSOLVED = 1e-3
+"""Where nobody gave a budget, a relative residual above this at the cap is no solution."""
+
+SIGNED = ("dt", "viscosity", "hyperviscosity", "diffusivity")
+"""Parameters that are positive."""
 
 
 class Effort(eqx.Module):
@@ -60,10 +68,11 @@ class Stepper(eqx.Module):
 
     A subclass has an equation, `problem()`, of θ = (stepper, u): everything in it that is an
     array, and the field before the step, is differentiated.  `parameters` names what may be
-    replaced step by step.
+    replaced step by step, `zero` which of the positive ones may also be zero.
     """
 
     parameters: ClassVar[tuple[str, ...]] = ("dt",)
+    zero: ClassVar[tuple[str, ...]] = ()
 
     grid: Grid = eqx.field(static=True)
     dt: Float[Array, ""]
@@ -78,6 +87,11 @@ class Stepper(eqx.Module):
     def like(self) -> PyTree:
         """Shapes and dtypes of a state."""
         return self.grid.like
+
+    @property
+    def state_kind(self) -> str:
+        """What a state is, in words."""
+        return f"a field of shape {self.grid.shape}"
 
     def step(
         self,
@@ -100,10 +114,12 @@ class Stepper(eqx.Module):
         - `theta`: parameters for this step in place of the stepper's own, by name.
         - `guess`: where the solve starts; by default at u, a warm start.
 
-        **Returns:** a state like u.
+        **Returns:** a state like u; NaN where the solve failed, as its gradient then is. A
+        budget that was given and ran out is no failure. Where none was given, a relative
+        residual above 1e-3 after the default number of iterations is one (`DIVERGED`).
 
-        **Raises:** `ValueError` for a state of another shape and a parameter that there is not,
-        `TypeError` for another dtype and what is no budget.
+        **Raises:** `ValueError` for a state of another shape, a parameter that there is not and
+        one that is not finite; `TypeError` for another dtype and what is no budget.
         """
         return self.step_with_solution(
             u,
@@ -124,27 +140,74 @@ class Stepper(eqx.Module):
         theta: Mapping[str, Any] | None = None,
         guess: PyTree | None = None,
     ) -> tuple[Any, Solution]:
-        """The next state, and how far its solve got; arguments as of `step`."""
+        """The next state, and how far its solve got; arguments as of `step`.
+
+        The solution's `value` is the state, NaN where the solve failed.
+        """
         effort = Effort.of(fidelity, budget, adjoint_budget)
-        u = as_state("u", u, self.like)
-        guess = u if guess is None else as_state("guess", guess, self.like)
-        solution = self.replaced(theta).solved(u, guess, effort)
+        u = self.checked_state("u", u)
+        guess = u if guess is None else self.checked_state("guess", guess)
+        solution = self.replaced(theta).advanced(u, guess, effort)
         return solution.value, solution
+
+    def checked_state(self, name: str, u: PyTree) -> Any:
+        """A state with array leaves.
+
+        **Raises:** `ValueError` for another structure or shape, `TypeError` for another dtype.
+        """
+        return as_state(name, u, self.like, self.state_kind)
+
+    def advanced(self, u: PyTree, guess: PyTree, effort: Effort) -> Solution:
+        """The inner solve of a step, with a value that is NaN where it failed."""
+        solution = self.solved(u, guess, effort)
+        if self.outermost(effort) is None:
+            # Nobody asked for less than all of it.
+            missed = (solution.status == Status.BUDGET) & (solution.relative_residual > UNSOLVED)
+            solution = with_status(solution, missed, Status.DIVERGED)
+        return eqx.tree_at(lambda s: s.value, solution, trusted(solution))
+
+    def outermost(self, effort: Effort) -> Budget | None:
+        """The budget that a step's iterations count against, where one was given."""
+        return effort.budget
 
     def replaced(self, theta: Mapping[str, Any] | None) -> Self:
         """The stepper with some parameters replaced.
 
-        **Raises:** `ValueError` naming a parameter that there is not.
+        **Raises:** `ValueError` naming a parameter that there is not, `TypeError` for what is no
+        mapping.
         """
-        if not theta:
+        if theta is None:
             return self
-        for name in theta:
-            if name not in self.parameters:
-                known = ", ".join(self.parameters)
-                msg = f"{type(self).__name__}: theta may replace {known}, got {name!r}."
-                raise ValueError(msg)
+        self._check_names("theta", theta)
         checked = {name: self._checked(name, value) for name, value in theta.items()}
         return self._with(**checked)
+
+    def check_controls(self, controls: Mapping[str, Any]) -> None:
+        """Refuse parameters of several steps, an axis in front, that no step can be done with.
+
+        **Raises:** `ValueError` naming one that there is not, that has the wrong sign, or that is
+        not finite.
+        """
+        self._check_names("controls", controls)
+        owner = type(self).__name__
+        for name, value in controls.items():
+            for leaf in jax.tree.leaves(value):
+                if name in SIGNED:
+                    positive(owner, name, leaf, self.grid.dtype, zero=name in self.zero)
+                check_finite(owner, f"controls[{name!r}]", leaf, self.grid.dtype)
+
+    def _check_names(self, argument: str, given: Any) -> None:
+        owner, known = type(self).__name__, ", ".join(self.parameters)
+        if not isinstance(given, Mapping):
+            msg = (
+                f"{owner}: {argument} should be a mapping from names among {known}, got "
+                f"{type(given).__name__}. Write {argument}={{{self.parameters[0]!r}: ...}}."
+            )
+            raise TypeError(msg)
+        for name in given:
+            if name not in self.parameters:
+                msg = f"{owner}: {argument} may replace {known}, got {name!r}."
+                raise ValueError(msg)
 
     def _with(self, **values: Any) -> Self:
         made = object.__new__(type(self))
@@ -186,25 +249,38 @@ def traced(budget: Budget | None) -> Budget | None:
     return eqx.tree_at(lambda b: (b.iterations, b.rtol, b.atol), budget, arrays)
 
 
-def as_state(name: str, u: PyTree, like: PyTree) -> Any:
+def with_status(solution: Solution, condition: Any, status: Status) -> Solution:
+    """The solution with another status where a condition holds and it has not failed already."""
+    changed = condition & (solution.status < Status.DIVERGED)
+    code = jnp.where(changed, jnp.int32(status), solution.status)
+    return eqx.tree_at(lambda s: s.status, solution, code)
+
+
+def as_state(name: str, u: PyTree, like: PyTree, kind: str) -> Any:
     """A state with array leaves.
+
+    **Arguments:**
+
+    - `kind`: what it should be, in words.
 
     **Raises:** `ValueError` for another structure or shape, `TypeError` for another dtype.
     """
-    expected, given = jax.tree.structure(like), jax.tree.structure(u)
-    if expected != given:
-        msg = f"{name} should be a state of structure {expected}, got {given}."
+    if jax.tree.structure(like) != jax.tree.structure(u):
+        msg = f"{name} should be {kind}, got {_described(u)}."
         raise ValueError(msg)
 
     def convert(leaf: Any, wanted: jax.ShapeDtypeStruct) -> Array:
-        field = jnp.asarray(leaf)
+        field = as_array("", name, leaf)
         if field.shape != wanted.shape:
             msg = f"{name} should have the grid's shape {wanted.shape}, got {field.shape}."
             raise ValueError(msg)
         if field.dtype != wanted.dtype:
+            # A grid has the dtype of its unknowns, which are floating-point numbers.
+            floating = jnp.issubdtype(field.dtype, jnp.floating)
+            instead = f", or Grid(..., dtype={field.dtype})" if floating else ""
             msg = (
                 f"{name} should be {wanted.dtype} as the grid is, got {field.dtype}. Use "
-                f"{name}.astype({wanted.dtype}), or Grid(..., dtype={field.dtype})."
+                f"{name}.astype({wanted.dtype}){instead}."
             )
             raise TypeError(msg)
         return field
@@ -212,43 +288,99 @@ def as_state(name: str, u: PyTree, like: PyTree) -> Any:
     return jax.tree.map(convert, u, like)
 
 
+def _described(u: Any) -> str:
+    """What a wrong state is."""
+    if isinstance(u, tuple | list):
+        return f"a {type(u).__name__} of ({', '.join(map(_described, u))})"
+    shape = getattr(u, "shape", None)
+    return type(u).__name__ if shape is None else f"an array of shape {shape}"
+
+
+def as_array(owner: str, name: str, value: Any) -> Array:
+    """A number or an array.
+
+    **Raises:** `TypeError` for anything else.
+    """
+    # NumPy takes a letter for a type.
+    given: Any = object() if isinstance(value, str | bytes) else value
+    try:
+        return jnp.asarray(given)
+    except (TypeError, ValueError):
+        start = f"{owner}: " if owner else ""
+        msg = f"{start}{name} should be a number or an array, got {value!r}."
+        raise TypeError(msg) from None
+
+
+def check_finite(owner: str, name: str, value: Any, dtype: Any) -> None:
+    """See to it that numbers are finite in a dtype, as far as they are known.
+
+    **Raises:** `ValueError`.
+    """
+    if isinstance(value, Tracer):
+        return
+    with np.errstate(over="ignore"):
+        numbers = np.asarray(value).astype(dtype)
+    finite = np.isfinite(numbers)
+    if not finite.all():
+        msg = f"{owner}: {name} should be finite, got {numbers[~finite].flat[0]} somewhere."
+        raise ValueError(msg)
+
+
+def as_real(owner: str, name: str, value: Any) -> Array:
+    """A real number or array.
+
+    **Raises:** `TypeError` for a complex one and for what is none.
+    """
+    found = as_array(owner, name, value)
+    if jnp.iscomplexobj(found):
+        msg = f"{owner}: {name} should be real, got {found.dtype}."
+        raise TypeError(msg)
+    return found
+
+
 def positive(owner: str, name: str, value: Any, dtype: Any, *, zero: bool = False) -> Array:
-    """A real array whose entries are positive, as far as they are known.
+    """A real array whose entries are positive and finite, as far as they are known.
 
     **Raises:** `ValueError` for entries that are not, `TypeError` for complex ones.
     """
-    if jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
-        msg = f"{owner}: {name} should be real, got {jnp.result_type(value)}."
-        raise TypeError(msg)
+    as_real(owner, name, value)
     if not isinstance(value, Tracer):
         least = float(np.min(np.asarray(value)))
         if not (least > 0 or (zero and least == 0)):
             bound = "not be negative" if zero else "be positive"
             msg = f"{owner}: {name} should {bound}, got {least} somewhere."
             raise ValueError(msg)
+    check_finite(owner, name, value, dtype)
     return jnp.asarray(value, dtype)
 
 
 def field_or_number(owner: str, name: str, value: Any, grid: Grid) -> Array:
-    """A real number or field of the grid's shape, in its dtype.
+    """A finite real number or field of the grid's shape, in its dtype.
 
-    **Raises:** `ValueError` for another shape, `TypeError` for a complex one.
+    **Raises:** `ValueError` for another shape and numbers that are not finite, `TypeError` for a
+    complex one.
     """
-    if jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
-        msg = f"{owner}: {name} should be real, got {jnp.result_type(value)}."
-        raise TypeError(msg)
-    if np.shape(value) not in {(), grid.shape}:
+    shape = as_real(owner, name, value).shape
+    if shape not in {(), grid.shape}:
         msg = (
             f"{owner}: {name} should be a number or a field of shape {grid.shape}, got shape "
-            f"{np.shape(value)}."
+            f"{shape}."
         )
         raise ValueError(msg)
+    check_finite(owner, name, value, grid.dtype)
     return jnp.asarray(value, grid.dtype)
 
 
-def side_values(grid: Grid, values: BoundaryValues | None) -> dict[tuple[int, int], Array]:
-    """Boundary values as arrays.
+def side_values(
+    owner: str, grid: Grid, values: BoundaryValues | None
+) -> dict[tuple[int, int], Array]:
+    """Finite boundary values as arrays.
 
-    **Raises:** `ValueError` for sides that take none, and values of another shape.
+    **Raises:** `ValueError` for sides that take none, values of another shape and numbers that
+    are not finite; `TypeError` for what is no mapping.
     """
-    return {side: on_side(grid, *side, given) for side, given in (values or {}).items()}
+    given = sided(grid, {} if values is None else values)
+    for side, value in given.items():
+        as_real(owner, f"boundary_values[{side}]", value)
+        check_finite(owner, f"boundary_values[{side}]", value, grid.dtype)
+    return {side: on_side(grid, *side, value) for side, value in given.items()}

@@ -7,6 +7,8 @@ import numpy as np
 import scipy.sparse as sp
 from scipy.sparse.csgraph import reverse_cuthill_mckee
 
+from bilevel_pde.places import check_compressed, check_places
+
 Format = Literal["diagonals", "padded_columns", "segment_sum"]
 """How a sparse matrix is laid out."""
 
@@ -47,8 +49,13 @@ class Structure:
     order: np.ndarray | None = None
 
 
-def canonical(matrix: Any) -> sp.csr_array:
+def canonical(matrix: Any, owner: str = "from_scipy", *, pattern: bool = False) -> sp.csr_array:
     """The matrix as CSR with sorted indices and without duplicates, checked, as a copy.
+
+    **Arguments:**
+
+    - `owner`: who asks, for the messages.
+    - `pattern`: whether only the places of the entries matter and not what they are.
 
     **Raises:** `TypeError` for what is not sparse or not float32 or float64; `ValueError`
     for indices out of range and entries that are not finite.
@@ -56,62 +63,44 @@ def canonical(matrix: Any) -> sp.csr_array:
     given: Any = matrix
     if not sp.issparse(matrix):
         msg = (
-            f"from_scipy: matrix must be a scipy.sparse array or matrix, got "
+            f"{owner}: matrix must be a scipy.sparse array or matrix, got "
             f"{type(matrix).__name__}. Make one of a dense array with scipy.sparse.csr_array(...)."
         )
         raise TypeError(msg)
     if given.ndim != 2:
-        msg = f"from_scipy: matrix must have two dimensions, got shape {given.shape}."
+        msg = f"{owner}: matrix must have two dimensions, got shape {given.shape}."
         raise ValueError(msg)
-    _check_dtype(given.dtype)
-    _check_indices(given)
-    csr = sp.csr_array(given.tocsr(copy=True))
+    if not pattern:
+        _check_dtype(owner, given.dtype)
+    check_places(owner, given)
+    csr: Any = sp.csr_array(given.tocsr(copy=True))
+    check_compressed(owner, csr)
     csr.sum_duplicates()
     if csr.nnz >= np.iinfo(np.int32).max:
-        msg = f"from_scipy: at most 2³¹ - 2 stored entries fit 32-bit indices, got {csr.nnz:,}."
+        msg = f"{owner}: at most 2³¹ - 2 stored entries fit 32-bit indices, got {csr.nnz:,}."
         raise ValueError(msg)
+    if pattern:
+        return csr
     bad = np.flatnonzero(~np.isfinite(csr.data))
     if len(bad):
         row = int(np.searchsorted(csr.indptr, bad[0], side="right")) - 1
         msg = (
-            f"from_scipy: {len(bad)} of {csr.nnz:,} entries are not finite, the first is "
+            f"{owner}: {len(bad)} of {csr.nnz:,} entries are not finite, the first is "
             f"{csr.data[bad[0]]} at ({row}, {csr.indices[bad[0]]})."
         )
         raise ValueError(msg)
     return csr
 
 
-def _check_dtype(dtype: np.dtype) -> None:
+def _check_dtype(owner: str, dtype: np.dtype) -> None:
     if dtype in {np.dtype(np.float32), np.dtype(np.float64)}:
         return
     if np.issubdtype(dtype, np.complexfloating):
         instead = "Write the real system [[Re, -Im], [Im, Re]] with scipy.sparse.block_array"
     else:
         instead = "Convert it with matrix.astype(float)"
-    msg = f"from_scipy: entries must be float32 or float64, got {dtype}. {instead}."
+    msg = f"{owner}: entries must be float32 or float64, got {dtype}. {instead}."
     raise TypeError(msg)
-
-
-def _check_indices(matrix: Any) -> None:
-    """Refuse indices that SciPy's conversions would follow out of their arrays."""
-    try:
-        if matrix.format in {"csr", "csc", "bsr"}:
-            matrix.check_format(full_check=True)
-    except ValueError as error:
-        msg = f"from_scipy: the {matrix.format.upper()} arrays are no valid matrix: {error}."
-        raise ValueError(msg) from None
-    if matrix.format != "coo":
-        return
-    for name, indices, count in zip(
-        ("row", "column"), (matrix.row, matrix.col), matrix.shape, strict=True
-    ):
-        wrong = np.flatnonzero((indices < 0) | (indices >= count))
-        if len(wrong):
-            msg = (
-                f"from_scipy: {len(wrong)} {name} indices are out of range, the first is "
-                f"{indices[wrong[0]]} for {count} {name}s."
-            )
-            raise ValueError(msg)
 
 
 def rows_of(csr: sp.csr_array) -> np.ndarray:

@@ -3,13 +3,16 @@
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
 from jaxtyping import Array, Float, PyTree
 
 from bilevel import vector
+from bilevel_pde.grid import Grid
 from bilevel_pde.operator import Operator
+from bilevel_pde.scaled import Scaled
 from bilevel_pde.triangle import Part
 
 
@@ -20,18 +23,30 @@ class Sum(Operator):
 
     - `terms`: at least one operator, all between the same fields.
 
-    **Raises:** `ValueError` for terms of different shapes.
+    **Raises:** `ValueError` for terms between different fields: of other shapes, on grids with
+    other points, or in another precision.
     """
 
     terms: tuple[Operator, ...]
 
     def __check_init__(self) -> None:
         """Refuse terms that do not fit."""
-        shapes = {term.shape for term in self.terms}
-        if len(shapes) != 1:
-            found = ", ".join(f"{type(term).__name__} {term.shape}" for term in self.terms)
-            msg = f"Sum: operators should be between the same fields, got {found}."
-            raise ValueError(msg)
+        first = self.terms[0]
+        fields = _kinds((first.like, first.range_like))
+        grid = _grid_of(first)
+        for term in self.terms[1:]:
+            if _kinds((term.like, term.range_like)) != fields:
+                names = " + ".join(f"{type(t).__name__} on {_described(t)}" for t in (first, term))
+                msg = f"Sum: operators should be between the same fields, got {names}."
+                raise ValueError(msg)
+            other = _grid_of(term)
+            grid = grid or other
+            if grid is not None and other is not None and not grid.coincides(other):
+                msg = (
+                    f"Sum: operators should be on the same points, got {type(first).__name__} on "
+                    f"{grid} and {type(term).__name__} on {other}."
+                )
+                raise ValueError(msg)
 
     @classmethod
     def of(cls, *operators: Operator) -> "Sum":
@@ -103,6 +118,23 @@ class Sum(Operator):
         if self.symmetric is False:
             return False
         return True if all(term.positive_definite for term in self.terms) else None
+
+
+def _kinds(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: (tuple(leaf.shape), str(leaf.dtype)), tree)
+
+
+def _described(operator: Operator) -> str:
+    kinds = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(operator.like)]
+    return ", ".join(kinds)
+
+
+def _grid_of(operator: Operator) -> Grid | None:
+    """The grid of an operator from its fields to themselves, where it is on one."""
+    while isinstance(operator, Scaled):
+        operator = operator.operator
+    grid = getattr(operator, "grid", None)
+    return grid if isinstance(grid, Grid) else None
 
 
 def joined(indices: list[Any]) -> Any:

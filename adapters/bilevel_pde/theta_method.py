@@ -89,7 +89,7 @@ class ThetaMethod(Stepper):
             return positive(owner, name, value, self.grid.dtype)
         if name == "forcing":
             return None if value is None else field_or_number(owner, name, value, self.grid)
-        return side_values(self.grid, value)
+        return side_values(owner, self.grid, value)
 
     def right_hand_side(self, u: Array) -> Array:
         """u - (1 - s) dt L u + dt f, boundary values and control volumes in."""

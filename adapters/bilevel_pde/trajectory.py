@@ -4,14 +4,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from bilevel.budget import Budget
 from bilevel.compilation import compiled
 from bilevel.refinement.fidelity import Fidelity
 from bilevel.solution import Solution
-from bilevel_pde.stepper import Effort, Stepper, as_state
+from bilevel_pde.stepper import Effort, Stepper, as_array
 
 
 def rollout(
@@ -44,10 +43,11 @@ def rollout(
     - `controls`: parameters by name, too, with an axis in front, one entry for each step.
     - `correct`: applied to the state after each step, such as a network that corrects it.
 
-    **Returns:** states with an axis in front, of length `steps`; u0 is not among them.
+    **Returns:** states with an axis in front, of length `steps`; u0 is not among them. From a
+    step on that failed (as of `Stepper.step`) they are NaN.
 
-    **Raises:** `ValueError` for less than one step and controls of another length, and what
-    `Stepper.step` raises.
+    **Raises:** `ValueError` for less than one step and controls of another length or that are
+    not finite, and what `Stepper.step` raises.
 
     >>> import jax.numpy as jnp, bilevel_pde as pde
     >>> grid = pde.Grid(8)
@@ -97,17 +97,20 @@ def rollout_with_solutions(
     if not isinstance(stepper, Stepper):
         msg = f"rollout: stepper should be a Stepper such as Heat(...), got {stepper!r}."
         raise TypeError(msg)
-    u0 = as_state("u0", u0, stepper.like)
-    controls = jax.tree.map(jnp.asarray, dict(controls or {}))
-    for leaf in jax.tree.leaves(controls):
+    u0 = stepper.checked_state("u0", u0)
+    stepper = stepper.replaced(theta)
+    given: Any = {} if controls is None else controls
+    given = jax.tree.map(lambda leaf: as_array("rollout", "controls", leaf), given)
+    for leaf in jax.tree.leaves(given):
         if leaf.ndim == 0 or leaf.shape[0] != steps:
             msg = (
                 f"rollout: controls should have an axis of {steps} steps in front, got shape "
                 f"{leaf.shape}."
             )
             raise ValueError(msg)
+    stepper.check_controls(given)
     effort = Effort.of(fidelity, budget, adjoint_budget)
-    return _rollout(stepper.replaced(theta), u0, steps, checkpoint, effort, controls, correct)
+    return _rollout(stepper, u0, steps, checkpoint, effort, given, correct)
 
 
 @compiled
@@ -121,10 +124,10 @@ def _rollout(
     correct: Callable[[Any], Any] | None,
 ) -> tuple[Any, Solution]:
     def advance(u: Any, control: Any) -> tuple[Any, tuple[Any, Solution]]:
-        solution = stepper.replaced(control).solved(u, u, effort)
+        solution = stepper.replaced(control).advanced(u, u, effort)
         moved = solution.value
         if correct is not None:
-            moved = as_state("correct: its result", correct(moved), stepper.like)
+            moved = stepper.checked_state("correct: its result", correct(moved))
         return moved, (moved, solution)
 
     if checkpoint:

@@ -138,6 +138,7 @@ def no_adjoint(value: PyTree, applications: Array) -> Solution:
         status=jnp.int32(Status.NOT_RUN),
         residual_norm=norm,
         iterations=jnp.int32(0),
+        inner_iterations=jnp.int32(0),
         tolerance=norm,
         scale=norm,
         rate=jnp.full_like(norm, jnp.nan),
@@ -151,7 +152,7 @@ def _counted(like: Probe, primal: Solution, adjoint: Solution) -> Probe:
     adjoint_ran = adjoint.status != Status.NOT_RUN
     numbers = {
         "solves": 1,
-        "primal_iterations": primal.iterations,
+        "primal_iterations": primal.inner_iterations,
         "adjoint_iterations": adjoint.iterations,
         "primal_applications": primal.applications,
         "adjoint_applications": adjoint.applications,

@@ -154,7 +154,7 @@ def _counts(result: Any) -> list[Any]:
         ("primal", result.primal, "operator_applications"),
         ("adjoint", result.adjoint, "transposed_applications"),
     ):
-        own = [0] if part is None else part.iterations
+        own = [0] if part is None else getattr(part, "inner_iterations", part.iterations)
         applied = [0] if part is None else part.applications
         known[f"{side}_iterations"] = jnp.sum(
             jnp.asarray(own if cost is None else getattr(cost, f"{side}_iterations"))

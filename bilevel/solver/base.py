@@ -112,6 +112,11 @@ class InnerSolver(eqx.Module):
         """How often the residual or operator was applied in so many iterations."""
         return iterations + 1
 
+    def inner_iterations(self, state: PyTree, iterations: Int[Array, ""]) -> Int[Array, ""]:
+        """How many iterations the innermost solver did in so many of this one."""
+        del state
+        return iterations
+
     def default_budget(self, x0: PyTree) -> Budget:
         """The budget where the user gives none: to within rounding, with a generous cap."""
         cap = MOST_ITERATIONS
@@ -122,7 +127,8 @@ class InnerSolver(eqx.Module):
     def check(self, problem: BoundProblem) -> None:
         """Refuse a problem that lacks what the solver requires.
 
-        **Raises:** `IncompatibleError` naming what is missing and what to use instead.
+        **Raises:** `IncompatibleError` naming what is missing and what to use instead; also
+        for a preconditioner that says it is not symmetric, where it must be.
         """
         missing = sorted(name for name in self.requires if not has_trait(problem, name))
         if missing:
@@ -132,6 +138,23 @@ class InnerSolver(eqx.Module):
                 f"Use {_instead(self.instead, missing, problem)} instead."
             )
             raise IncompatibleError(msg)
+        if "symmetric" in self.requires:
+            _require_symmetric(self)
+
+
+def _require_symmetric(solver: InnerSolver) -> None:
+    """Refuse a preconditioner that says it is not symmetric, where it must be."""
+    preconditioner: Any = getattr(solver, "preconditioner", None)
+    if getattr(preconditioner, "symmetric", None) is not False:
+        return
+    name, kind = type(solver).__name__, type(preconditioner).__name__
+    options = getattr(preconditioner, "__dataclass_fields__", {})
+    given = f"{kind}(symmetric=True)" if "symmetric" in options else "a symmetric one"
+    msg = (
+        f"{name} needs a symmetric preconditioner, and {kind} says it is not "
+        f"(symmetric=False). Use {given}, or the solver {solver.instead}."
+    )
+    raise IncompatibleError(msg)
 
 
 def _instead(named: str, missing: list[str], problem: BoundProblem) -> str:

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, PyTree
 from bilevel import vector
 from bilevel.bound import BoundProblem
 from bilevel.solver.base import InnerSolver
+from bilevel.solver.examination import require_diagonal
 from bilevel.solver.parameter import positive
 from bilevel.solver.preconditioning import divide
 
@@ -15,8 +16,8 @@ class Jacobi(InnerSolver):
     """Weighted Jacobi iteration, x ← x + ω D⁻¹ (b - A x), D the diagonal of A.
 
     Converges for a strictly diagonally dominant A with ω = 1, and for a symmetric
-    positive definite one with ω < 2 / λ_max(D⁻¹A).  A zero on the diagonal makes the
-    iterate non-finite, which the status says.
+    positive definite one with ω < 2 / λ_max(D⁻¹A).  A zero on the diagonal is refused where
+    the matrix is not traced, and otherwise makes the iterate non-finite, which the status says.
 
     **Arguments:**
 
@@ -41,6 +42,13 @@ class Jacobi(InnerSolver):
     def __check_init__(self) -> None:
         """Validate the weight where it is concrete."""
         positive("Jacobi", "weight", self.weight)
+
+    def examine(self, operator: object) -> None:
+        """Refuse a matrix with a zero on its diagonal.
+
+        **Raises:** `ValueError`.
+        """
+        require_diagonal("Jacobi", operator)
 
     def init(self, problem: BoundProblem, x: PyTree) -> PyTree:
         """The iterate is all there is."""

@@ -197,6 +197,7 @@ def drive(
         status=_status(iteration, failure, progress, limits, true_norm),
         residual_norm=unit * true_norm,
         iterations=progress.count,
+        inner_iterations=jnp.asarray(solver.inner_iterations(state, progress.count), jnp.int32),
         tolerance=unit * limits.tolerance,
         scale=iteration.scale,
         rate=_rate(progress),

@@ -1,6 +1,6 @@
 """Newton's method, with a dense factorisation or a Krylov solver inside."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -22,11 +22,16 @@ SUFFICIENT = 1e-4
 
 
 class NewtonState(eqx.Module):
-    """Iterate, the true residual there, and how often the residual was evaluated."""
+    """Iterate, the true residual there, and what it took.
+
+    - `applications`: evaluations of the residual, and applications of its derivative.
+    - `inner_iterations`: of the linear solver.
+    """
 
     x: PyTree
     residual: PyTree
-    evaluations: Int[Array, ""]
+    applications: Int[Array, ""]
+    inner_iterations: Int[Array, ""]
 
 
 class Newton(InnerSolver):
@@ -42,6 +47,8 @@ class Newton(InnerSolver):
     - `linear`: any linear solver; `None` picks one by size and symmetry.
     - `linear_budget`: its budget; by default a relative residual of 1e-4.
     - `halvings`: most halvings of one step; 0 takes full steps always.
+    - `adjoint_budget`: of the transposed solves of an unrolled derivative; by default as
+        `linear_budget`.
 
     >>> import bilevel as bl
     >>> problem = bl.RootFinding(lambda x, theta: x**2 - theta)
@@ -53,6 +60,7 @@ class Newton(InnerSolver):
     linear: InnerSolver | None = None
     linear_budget: Budget | None = None
     halvings: int = eqx.field(static=True, default=10)
+    adjoint_budget: Budget | None = None
 
     def __check_init__(self) -> None:
         """Refuse a solver that cannot solve linear systems."""
@@ -66,7 +74,7 @@ class Newton(InnerSolver):
 
     def init(self, problem: BoundProblem, x: PyTree) -> NewtonState:
         """Evaluate the residual once."""
-        return NewtonState(x, problem.residual(x), jnp.int32(1))
+        return NewtonState(x, problem.residual(x), jnp.int32(1), jnp.int32(0))
 
     def step(self, problem: BoundProblem, state: NewtonState, residual: PyTree) -> NewtonState:
         """Solve for the correction and damp it."""
@@ -76,12 +84,19 @@ class Newton(InnerSolver):
             cap = linear.default_budget(state.x).iterations
             budget = Budget(iterations=cap, rtol=1e-4)
         operator = problem.linearize(state.x)
-        correction = linear_correction(operator, residual, linear, budget)
+        correction, effort = linear_correction(
+            operator, residual, linear, budget, adjoint_budget=self.adjoint_budget
+        )
         if problem.objective is not None:
             correction = _downhill(problem, state.x, residual, correction)
         length, tried = self._length(problem, state.x, residual, correction)
         x = vector.add_scaled(state.x, length, correction)
-        return NewtonState(x, problem.residual(x), state.evaluations + 1 + tried)
+        return NewtonState(
+            x,
+            problem.residual(x),
+            state.applications + effort.applications + 1 + tried,
+            state.inner_iterations + effort.iterations,
+        )
 
     def residual(self, problem: BoundProblem, state: NewtonState) -> PyTree:
         """The residual evaluated at the end of the step."""
@@ -89,9 +104,14 @@ class Newton(InnerSolver):
         return state.residual
 
     def applications(self, state: NewtonState, iterations: Int[Array, ""]) -> Int[Array, ""]:
-        """Residual evaluations; the linear solver's own work is its own."""
+        """Evaluations of the residual, and applications of its derivative."""
         del iterations
-        return state.evaluations
+        return state.applications
+
+    def inner_iterations(self, state: NewtonState, iterations: Int[Array, ""]) -> Int[Array, ""]:
+        """Those of the linear solver."""
+        del iterations
+        return state.inner_iterations
 
     def _length(
         self, problem: BoundProblem, x: PyTree, residual: PyTree, correction: PyTree
@@ -141,16 +161,45 @@ def _downhill(problem: BoundProblem, x: PyTree, residual: PyTree, correction: Py
     return jax.lax.cond(usable, lambda: correction, gradient_step)
 
 
+class Effort(NamedTuple):
+    """What a linear solve took, both int32."""
+
+    iterations: Int[Array, ""]
+    applications: Int[Array, ""]
+
+
 def linear_correction(
-    operator: LinearOperator, residual: PyTree, solver: InnerSolver, budget: Budget
-) -> Any:
-    """N⁻¹ r to a budget, differentiable in both as the exact inverse is."""
+    operator: LinearOperator,
+    rhs: PyTree,
+    solver: InnerSolver,
+    budget: Budget,
+    *,
+    adjoint_budget: Budget | None = None,
+    guess: PyTree | None = None,
+) -> tuple[Any, Effort]:
+    """N⁻¹ b to a budget, differentiable in both as the exact inverse is.
+
+    **Arguments:**
+
+    - `adjoint_budget`: of the transposed solve; by default `budget`.
+    - `guess`: where the solve starts; by default at zero.
+    """
+
+    # What is counted travels as floats: whole numbers could not be differentiated along.
+    def solved(operator: LinearOperator, rhs: Any, budget: Budget, guess: Any) -> Any:
+        solution, _ = solve_linear(operator, rhs, solver, budget, guess)
+        counts = Effort(solution.iterations, solution.applications)
+        return solution.value, jax.tree.map(lambda count: count.astype(float), counts)
 
     def forward(_: Any, rhs: Any) -> Any:
-        return solve_linear(operator, rhs, solver, budget)[0].value
+        return solved(operator, rhs, budget, guess)
 
     def backward(_: Any, rhs: Any) -> Any:
-        transposed = operator.transposed(rhs)
-        return solve_linear(transposed, rhs, solver, budget)[0].value
+        back = budget if adjoint_budget is None else adjoint_budget
+        return solved(operator.transposed(rhs), rhs, back, None)
 
-    return jax.lax.custom_linear_solve(operator.matvec, residual, forward, transpose_solve=backward)
+    value, counts = jax.lax.custom_linear_solve(
+        operator.matvec, rhs, forward, transpose_solve=backward, has_aux=True
+    )
+    counts = jax.lax.stop_gradient(counts)
+    return value, jax.tree.map(lambda count: count.astype(jnp.int32), counts)

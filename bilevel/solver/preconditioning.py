@@ -12,13 +12,20 @@ from jaxtyping import Array, PyTree
 from bilevel.bound import BoundProblem
 from bilevel.closed import stopped
 from bilevel.solver.base import IncompatibleError, InnerSolver
+from bilevel.solver.examination import require_diagonal
 
 Solver = TypeVar("Solver", bound=InnerSolver)
 """A kind of solver."""
 
 
 class HasAt(Protocol):
-    """A preconditioner that looks at the operator before it works."""
+    """A preconditioner that looks at the operator before it works.
+
+    It may have two members more: an attribute `symmetric`, whose `False` lets conjugate
+    gradients and MINRES refuse it; and a method `examine(operator)`, called before anything is
+    traced with a constant operator as the user gave it, to raise `ValueError` for numbers that
+    it cannot work with.
+    """
 
     def at(self, problem: BoundProblem, x: Any) -> Callable[[Any], Any]:
         """V -> M⁻¹v for the problem, set up once before the loop."""
@@ -34,8 +41,9 @@ class JacobiPreconditioner(eqx.Module):
 
     For an operator that is declared symmetric M = |D|, which is positive definite as
     conjugate gradients and MINRES need it, and the same thing where the operator is.
-    It undoes a bad scaling of the unknowns and does little else.  A zero on the diagonal
-    makes the iterate non-finite, which the status says.
+    It undoes a bad scaling of the unknowns and does little else.  A zero on the diagonal is
+    refused where the matrix is not traced, and otherwise makes the iterate non-finite, which
+    the status says.
 
     Refuses an operator without a diagonal: a matrix has one, and so does an operator object
     with a `diagonal` method; a bare matvec function and the Hessian of an objective have
@@ -66,6 +74,13 @@ class JacobiPreconditioner(eqx.Module):
         if operator.symmetric:
             diagonal = jax.tree.map(jnp.abs, diagonal)
         return lambda v: divide(v, diagonal)
+
+    def examine(self, operator: object) -> None:
+        """Refuse a matrix with a zero on its diagonal.
+
+        **Raises:** `ValueError`.
+        """
+        require_diagonal("JacobiPreconditioner", operator)
 
 
 def divide(v: PyTree, diagonal: PyTree) -> PyTree:

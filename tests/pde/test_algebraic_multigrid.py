@@ -153,7 +153,17 @@ def test_refusals():
         pde.AlgebraicMultigrid(sp.csr_array([[0.0, 1.0], [1.0, 0.0]]))
     with pytest.raises(TypeError, match="ndarray"):
         pde.AlgebraicMultigrid(np.eye(3))
+    for refused, error, match in (
+        (matrix.astype(int), TypeError, r"AlgebraicMultigrid.*got int64.*astype\(float\)"),
+        (matrix * (1 + 1j), TypeError, "AlgebraicMultigrid.*real system"),
+        (matrix * np.nan, ValueError, "AlgebraicMultigrid.*not finite"),
+        (np.nan * pde.identity(pde.Grid(3)).to_scipy(), ValueError, "not finite"),
+        (sp.csr_array((0, 0)), ValueError, "no rows"),
+    ):
+        with pytest.raises(error, match=match):
+            pde.AlgebraicMultigrid(refused)
     preconditioner = pde.AlgebraicMultigrid(matrix)
+    assert repr(preconditioner) == "AlgebraicMultigrid(2 levels of 16 → 8 unknowns, degree=2)"
     with pytest.raises(bl.IncompatibleError, match="16 rows"):
         iterations(pde.from_scipy(sp.eye_array(5)), jnp.ones(5), preconditioner)
     grid = pde.Grid(5)

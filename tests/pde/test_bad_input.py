@@ -3,6 +3,7 @@
 What constructors refuse is with each of them; here is what meets a solver.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -36,7 +37,12 @@ def test_rectangular_matrices_are_no_systems(layout):
 def test_empty_rows_are_singular_and_said_to_be(solver):
     matrix = sp.csr_array(np.diag([2.0, 0.0, 3.0]))
     matrix.eliminate_zeros()
-    solution = solved(pde.from_scipy(matrix), jnp.ones(3), solver)
+    operator = pde.from_scipy(matrix)
+    if isinstance(solver, bl.Jacobi):
+        with pytest.raises(ValueError, match="row 1"):
+            solved(operator, jnp.ones(3), solver)
+        return
+    solution = solved(operator, jnp.ones(3), solver)
     assert int(solution.status) in {bl.Status.NONFINITE, bl.Status.BREAKDOWN}
 
 
@@ -45,14 +51,21 @@ def test_empty_rows_are_singular_and_said_to_be(solver):
     [
         bl.Jacobi(),
         bl.Richardson(1.0, preconditioner=pde.GaussSeidel(colours=np.array([0, 1, 0]))),
-        pytest.param(bl.GMRES(preconditioner=bl.JacobiPreconditioner()), marks=pytest.mark.slow),
+        bl.GMRES(preconditioner=bl.JacobiPreconditioner()),
+        bl.Richardson(1.0, preconditioner=pde.WeightedJacobi()),
     ],
-    ids=["Jacobi", "Gauss-Seidel", "preconditioner"],
+    ids=["Jacobi", "Gauss-Seidel", "preconditioner", "weighted Jacobi"],
 )
 def test_zero_diagonals_are_not_divided_by_unnoticed(solver):
     matrix = sp.csr_array(np.array([[0.0, 1.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 1.0]]))
-    solution = solved(pde.from_scipy(matrix), jnp.ones(3), solver)
-    assert solution.status == bl.Status.NONFINITE
+    operator = pde.from_scipy(matrix)
+    with pytest.raises(ValueError, match=r"1 of 3 rows have a zero on the diagonal.*row 0"):
+        solved(operator, jnp.ones(3), solver)
+    if isinstance(solver, bl.Jacobi):
+        # Traced numbers cannot be looked at.
+        solution = jax.jit(lambda o: solved(o, jnp.ones(3), solver))(operator)
+        assert solution.status == bl.Status.NONFINITE
+        assert "the diagonal for zeros" in bl.Status(int(solution.status)).diagnosis
     with pytest.raises(ValueError, match=r"zeros on its diagonal.*SparseDirect"):
         pde.AlgebraicMultigrid(matrix)
     # Elimination with pivots needs no diagonal.
@@ -180,3 +193,50 @@ def test_one_point_without_a_neighbour():
             pde.Grid(1, boundary=boundary, centering=centering)
     moved = pde.Heat(pde.Grid(1), 1.0, 0.1).step(jnp.ones(1))
     np.testing.assert_allclose(moved, 1 / 1.8, rtol=1e-12)
+
+
+LINE = pde.Grid(4)
+LAPLACE = -pde.laplacian(LINE)
+MATRIX = pde.from_scipy(LAPLACE.to_scipy())
+
+
+@pytest.mark.parametrize(
+    "operator", [LAPLACE, pde.Diffusion(LINE, 1.0), MATRIX], ids=lambda o: type(o).__name__
+)
+def test_factors_and_operands_that_are_none(operator):
+    for factor in (np.nan, jnp.inf):
+        with pytest.raises(ValueError, match="factor should be finite"):
+            factor * operator
+    with pytest.raises(TypeError, match="operators are real"):
+        1j * operator
+    with pytest.raises(ZeroDivisionError, match="divisor should not be zero"):
+        operator / 0
+    with pytest.raises(TypeError, match="unsupported operand"):
+        operator / "a"
+    with pytest.raises(TypeError, match=r"v should be a field.*got str"):
+        operator @ "a"
+    with pytest.raises(TypeError, match="from_scipy"):
+        operator @ MATRIX.to_scipy()
+
+
+@pytest.mark.parametrize(
+    ("other", "match"),
+    [
+        (pde.identity(pde.Grid(4, centering="cell")), "'vertex'.*'cell'"),
+        (2.0 * pde.Diffusion(pde.Grid(4, boundary=P), 1.0), "same points"),
+        (pde.identity(pde.Grid(4, dtype="float32")), r"float64\[4\].*float32\[4\]"),
+        (pde.identity(pde.Grid((2, 2))), r"float64\[4\].*float64\[2, 2\]"),
+    ],
+    ids=["centering", "sides", "precision", "shape"],
+)
+def test_sums_of_operators_on_different_fields(other, match):
+    with pytest.raises(ValueError, match=match):
+        LAPLACE + other
+    # Cells stand where they stand, whatever holds on the sides.
+    cells = [pde.identity(pde.Grid(4, boundary=kind, centering="cell")) for kind in (D, N)]
+    np.testing.assert_array_equal((cells[0] + cells[1]) @ jnp.ones(4), 2 * np.ones(4))
+
+
+def test_noise_on_grids_that_are_too_small():
+    with pytest.raises(ValueError, match=r"smoothed_noise: grid .* at least 3 points"):
+        pde.smoothed_noise(jax.random.key(0), pde.Grid((2, 5)))

@@ -181,6 +181,39 @@ def test_derivative_is_that_of_dense_algebra(options, iterations, frozen):
     assert (slope < 1.1) if frozen else (slope >= 1.95)
 
 
+@pytest.mark.parametrize("solver", [None, pytest.param(pde.SparseDirect(), marks=pytest.mark.slow)])
+def test_unrolled_newton_is_the_derivative_of_the_iterations_done(solver):
+    """Two of them, full steps, far from converged: the implicit derivative is 18 % off."""
+    grid, point = setting()
+    options = {"linearization": "newton", "outer_budget": 2, "solver": solver}
+
+    def stepper_at(point, derivative):
+        nu, forcing = 3 * point["viscosity"], point["forcing"]
+        return pde.Burgers(grid, nu, 0.4, forcing=forcing, derivative=derivative, **options)
+
+    def loss(point, derivative):
+        return jnp.sum(stepper_at(point, derivative).step(point["u"]) ** 3)
+
+    def dense(point):
+        stepper, w = stepper_at(point, "unrolled"), point["u"]
+
+        def residual(w):
+            return stepper.problem().residual(w, (stepper, point["u"]))
+
+        for _ in range(2):
+            w = w - jnp.linalg.solve(jax.jacfwd(residual)(w), residual(w))
+        return jnp.sum(w**3)
+
+    expected = jax.jit(jax.grad(dense))(point)
+    got, implicit = jax.jit(
+        lambda point: [jax.grad(loss)(point, kind) for kind in ("unrolled", "implicit")]
+    )(point)
+    for name, want in expected.items():
+        scale = float(jnp.max(jnp.abs(want)))
+        np.testing.assert_allclose(got[name], want, rtol=0, atol=1e-8 * scale)
+    assert abs(float(implicit["viscosity"] / expected["viscosity"]) - 1) > 0.01
+
+
 @pytest.mark.slow
 def test_detached_steps_are_constants():
     grid, point = setting()
@@ -223,7 +256,6 @@ def test_bad_input():
     for options, message in (
         ({"linearization": "secant"}, "linearization should be"),
         ({"derivative": "none"}, "derivative should be"),
-        ({"derivative": "unrolled", "linearization": "newton"}, "goes with"),
         ({"derivative": "unrolled", "adjoint_solver": bl.GMRES()}, "Leave out adjoint_solver"),
         ({"differences": "quick"}, "differences should be"),
         ({"forcing": (1.0, 2.0)}, "one part for each of 1 components, got 2"),
@@ -232,11 +264,13 @@ def test_bad_input():
             pde.Burgers(grid, 0.1, 0.1, **options)
     with pytest.raises(ValueError, match="viscosity should be positive"):
         pde.Burgers(grid, 0.0, 0.1)
+    with pytest.raises(TypeError, match="viscosity should be a number or an array"):
+        pde.Burgers(grid, jnp.sin, 0.1)
     with pytest.raises(ValueError, match="one or two dimensions, got 3"):
         pde.Burgers(pde.Grid((3, 3, 3)), 0.1, 0.1)
     with pytest.raises(ValueError, match="conservative=True is for one dimension"):
         pde.Burgers(pde.Grid((3, 3)), 0.1, 0.1, conservative=True)
-    with pytest.raises(ValueError, match="u should be a state of structure"):
+    with pytest.raises(ValueError, match=r"u should be a tuple \(u, v\).*got an array of shape"):
         pde.Burgers(pde.Grid((3, 3)), 0.1, 0.1).step(jnp.ones((3, 3)))
     with pytest.raises(bl.IncompatibleError, match="needs a Quasilinear problem"):
         bl.solve(bl.RootFinding(lambda x, t: x - t), 1.0, 0.0, solver=pde.Picard())

@@ -64,13 +64,23 @@ def test_means_of_neighbours(mean):
     grid = pde.Grid(4, extent=5.0)
     k = jnp.array([1.0, 3.0, 5.0, 15.0])
     inner = {"arithmetic": [2.0, 4.0, 10.0], "harmonic": [1.5, 3.75, 7.5]}[mean]
-    # Continued linearly, on the left to half of the value at most.
-    expected = [0.5, *inner, 20.0]
+    # Continued linearly, on the left to half of the value at most; or layers up to the side.
+    ends = {"arithmetic": [0.5, 20.0], "harmonic": [1.0, 15.0]}[mean]
+    expected = [ends[0], *inner, ends[1]]
     operator = pde.Diffusion(grid, k, mean=mean)
     np.testing.assert_allclose(operator.faces[0], expected)
     around = pde.Grid(4, extent=4.0, boundary=P)
     last = {"arithmetic": 8.0, "harmonic": 2 * 15 / 16}[mean]
     np.testing.assert_allclose(pde.Diffusion(around, k, mean=mean).faces[0], [last, *inner])
+
+
+def test_flux_through_layers_is_exact_with_harmonic_means():
+    grid = pde.Grid(4, extent=4.0, centering="cell")
+    k = jnp.array([5.0, 0.1, 5.0, 0.1])
+    operator = pde.Diffusion(grid, k, mean="harmonic")
+    values = {(0, 1): 1.0}
+    u = np.linalg.solve(operator.to_scipy().toarray(), -np.asarray(operator.boundary_term(values)))
+    assert abs(k[0] * u[0] / 0.5 - 1 / np.sum(1 / k)) < 1e-14
 
 
 def test_zero_harmonic_mean_is_zero_and_differentiable():

@@ -191,6 +191,9 @@ def test_gradient_with_respect_to_the_operator_leaves_padding_alone(layout):
     product = matrix @ v
     expected = 2 * product[rows_of(matrix)] * np.asarray(v)[matrix.indices]
     np.testing.assert_allclose(eqx.combine(gradient, operator).values, expected, rtol=1e-12)
+    if layout != "segment_sum":
+        with pytest.raises(ValueError, match=r"equinox.combine\(gradient, operator\).values"):
+            _ = gradient.values
     # Padding that moved would be an entry where there is none.
     changed = sp.csr_array((matrix.data + expected, matrix.indices, matrix.indptr), matrix.shape)
     np.testing.assert_allclose(moved.matvec(v), changed @ v, rtol=1e-10)
@@ -338,6 +341,18 @@ def out_of_range(kind):
     return matrix
 
 
+def spoilt_lists(columns):
+    matrix = sp.lil_array(np.eye(3))
+    matrix.rows[0] = columns
+    return matrix
+
+
+def spoilt(kind, name, value):
+    matrix = sp.csr_array(np.eye(3)).asformat(kind)
+    setattr(matrix, name, value)
+    return matrix
+
+
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
@@ -350,6 +365,15 @@ def out_of_range(kind):
         (lambda: out_of_range("csr"), ValueError, "no valid matrix"),
         (lambda: out_of_range("csc"), ValueError, "no valid matrix"),
         (lambda: sp.csr_array([[1.0, np.nan], [np.inf, 1.0]]), ValueError, r"2 of 4 .* \(0, 1\)"),
+        # SciPy's own conversions follow these out of their arrays and crash.
+        (lambda: spoilt_lists([100_000]), ValueError, "100000 for 3 columns"),
+        (lambda: spoilt_lists([-1]), ValueError, "column indices are out of range"),
+        (lambda: spoilt_lists([0, 1]), ValueError, "row 0 has 2 columns and 1 entries"),
+        (lambda: spoilt_lists([0.5]), ValueError, "indices must be integers"),
+        (lambda: spoilt("dok", "_dict", {(7, 0): 2.0}), ValueError, "7 for 3 rows"),
+        (lambda: spoilt("dia", "offsets", np.array([0, 1])), ValueError, "DIA arrays are no valid"),
+        (lambda: spoilt("coo", "row", np.arange(2)), ValueError, "COO arrays are no valid"),
+        (lambda: spoilt("csr", "indptr", np.arange(2)), ValueError, "CSR arrays are no valid"),
     ],
 )
 def test_bad_matrices_are_refused(make, error, match):

@@ -90,8 +90,13 @@ def test_it_passes_through_transformations():
         ({"shape": 4, "extent": 0.0}, ValueError, "positive lengths"),
         ({"shape": 4, "extent": np.inf}, ValueError, "finite"),
         ({"shape": 4, "extent": (1.0, 1.0)}, ValueError, "each of 1"),
-        ({"shape": 4, "dtype": int}, TypeError, "floating"),
-        ({"shape": 4, "dtype": complex}, TypeError, "floating"),
+        ({"shape": True}, TypeError, "integers"),
+        ({"shape": np.ones((1, 2), int)}, TypeError, "integers"),
+        ({"shape": np.ones(2)}, TypeError, "integers"),
+        ({"shape": 4, "dtype": int}, TypeError, "float32 or float64, got int"),
+        ({"shape": 4, "dtype": complex}, TypeError, "float32 or float64, got complex"),
+        ({"shape": 4, "dtype": "float16"}, TypeError, "got float16.*tolerance"),
+        ({"shape": 4, "dtype": "foo"}, TypeError, "float32 or float64, got 'foo'"),
         ({"shape": 4, "boundary": (P, D)}, ValueError, "both sides or on none"),
         ({"shape": (4, 4), "boundary": [D, (N, P)]}, ValueError, "axis 1 is periodic on both"),
         ({"shape": (4, 4), "boundary": [D, D, D]}, ValueError, "each of 2"),
@@ -105,6 +110,11 @@ def test_it_passes_through_transformations():
 def test_what_is_no_grid(arguments, error, words):
     with pytest.raises(error, match=words):
         pde.Grid(**arguments)
+
+
+def test_arrays_for_the_axes():
+    grid = pde.Grid(np.array([3, 4]), jnp.array([1.0, 2.0]))
+    assert grid == pde.Grid((3, 4), (1.0, 2.0))
 
 
 def test_a_traced_length_is_refused():

@@ -195,7 +195,22 @@ def test_bad_input():
         pde.Heat(grid, 1.0, 0.1, boundary_values={(2, 0): 1.0})
     with pytest.raises(TypeError, match="grid should be a Grid"):
         pde.Heat(5, 1.0, 0.1)
+    for name, value in (("diffusivity", np.inf), ("dt", np.inf), ("forcing", np.nan)):
+        with pytest.raises(ValueError, match=f"{name} should be finite"):
+            pde.Heat(grid, **{"diffusivity": 1.0, "dt": 0.1, name: value})
+        with pytest.raises(TypeError, match=f"{name} should be a number or an array, got 'a'"):
+            pde.Heat(grid, **{"diffusivity": 1.0, "dt": 0.1, name: "a"})
+    with pytest.raises(ValueError, match=r"boundary_values\[\(0, 1\)\] should be finite"):
+        pde.Heat(grid, 1.0, 0.1, boundary_values={(0, 1): jnp.nan})
+    with pytest.raises(ValueError, match=r"among \[\(0, 0\).*got left"):
+        pde.laplacian(grid).boundary_term({"left": 1.0})
+    with pytest.raises(TypeError, match="should be a mapping from sides"):
+        pde.laplacian(grid).boundary_term(1.0)
     stepper = pde.Heat(grid, 1.0, 0.1)
+    with pytest.raises(TypeError, match=r"got int64\. Use u\.astype\(float64\)\.$"):
+        stepper.step(jnp.ones((4, 5), int))
+    with pytest.raises(ValueError, match="forcing should be finite"):
+        stepper.step(jnp.ones((4, 5)), theta={"forcing": np.inf})
     with pytest.raises(ValueError, match=r"u should have the grid's shape \(4, 5\)"):
         stepper.step(jnp.ones(5))
     with pytest.raises(TypeError, match="u should be float64 as the grid is, got float32"):

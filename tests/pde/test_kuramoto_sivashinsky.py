@@ -226,7 +226,6 @@ def test_bad_input():
         ({"derivative": "none"}, "derivative should be"),
         ({"scheme": "leapfrog"}, "scheme should be"),
         ({"outer_budget": 3}, "Leave out outer_budget"),
-        ({"derivative": "unrolled", "linearization": "newton"}, "goes with"),
         ({"forcing": jnp.ones(3)}, "forcing should be"),
         ({"hyperviscosity": -1.0}, "hyperviscosity should be positive"),
         ({"hyperviscosity": jnp.ones(8)}, "hyperviscosity should be a number"),

@@ -8,7 +8,6 @@ import scipy.sparse.linalg as spla
 
 import bilevel as bl
 import bilevel_pde as pde
-from bilevel_pde.weighting import as_discretised
 from tests.pde.manufactured import D, N, P, R, normal
 
 MULTIGRID = pde.Multigrid()
@@ -23,7 +22,7 @@ def positive(shape):
 
 def cycle(operator, multigrid=MULTIGRID):
     """M⁻¹ as a dense matrix."""
-    inverse = as_discretised(operator, multigrid._inverse)
+    inverse = multigrid.inverse(operator)
     size, shape = operator.grid.size, operator.grid.shape
     columns = jax.jit(jax.vmap(inverse))(jnp.eye(size).reshape(-1, *shape))
     return np.asarray(columns).reshape(size, -1).T
@@ -38,9 +37,9 @@ def solved(operator, b, solver=CG, rtol=1e-8):
     return solution
 
 
-def iterations(operator, b, rtol=1e-8):
+def iterations(operator, b, rtol=1e-8, multigrid=MULTIGRID):
     """Of preconditioned conjugate gradients in NumPy, which spares compiling the solver's."""
-    inverse = jax.jit(as_discretised(operator, MULTIGRID._inverse))
+    inverse = jax.jit(multigrid.inverse(operator))
 
     def precondition(r):
         return np.ravel(inverse(r.reshape(b.shape)))
@@ -262,11 +261,130 @@ def test_levels_and_build():
         assert abs(difference).max() < 1e-12 * abs(own.to_scipy()).max()
 
 
+GALERKIN = pde.Multigrid(coarse="galerkin")
+
+
+def checkerboard(grid, ratio):
+    x, y = grid.mesh()
+    k = jnp.where((jnp.floor(4 * x) + jnp.floor(4 * y)) % 2 == 0, 1.0, ratio)
+    return pde.Diffusion(grid, k, mean="harmonic")
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        pde.Grid((26, 17), 1.0, [P, (D, N)]),  # 13 coarse points on a circle: four colours.
+        pytest.param(pde.Grid((23, 22), 1.0, [P, N], "cell"), marks=pytest.mark.slow),
+        pytest.param(pde.Grid((10, 8, 9), 1.0, [D, P, (N, D)]), marks=pytest.mark.slow),
+        pytest.param(pde.Grid(300), marks=pytest.mark.slow),
+    ],
+)
+def test_galerkin_operators_are_products(grid):
+    k = jnp.asarray(np.random.default_rng(1).uniform(0.01, 2.0, grid.shape))
+    operator = pde.Diffusion(grid, k)
+
+    def both(operator):
+        (fine, transfer), (coarse, _) = pde.Multigrid(coarse="galerkin", levels=2).hierarchy(
+            operator
+        )
+        like = jnp.eye(coarse.grid.size).reshape(-1, *coarse.grid.shape)
+        columns = jax.vmap(transfer.prolong)(like)
+        return columns, jax.vmap(fine.matvec)(columns), jax.vmap(coarse.matvec)(like)
+
+    columns, images, found = (np.asarray(a) for a in jax.jit(both)(operator))
+    count = len(columns)
+    wanted = columns.reshape(count, -1) @ images.reshape(count, -1).T
+    scale = np.abs(wanted).max()
+    np.testing.assert_allclose(found.reshape(count, -1).T, wanted, atol=1e-13 * scale)
+    np.testing.assert_allclose(wanted, wanted.T, atol=1e-13 * scale)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", [pde.Grid((18, 19), 1.0, [(D, N), P])])
+def test_galerkin_cycle_is_symmetric_and_contracts(grid):
+    k = jnp.asarray(np.random.default_rng(1).uniform(0.01, 2.0, grid.shape))
+    operator = pde.Diffusion(grid, k)
+    inverse = cycle(operator, GALERKIN)
+    weighted = inverse / volumes(grid).ravel()
+    np.testing.assert_allclose(weighted, weighted.T, atol=1e-13 * np.abs(weighted).max())
+    error = np.linalg.eigvals(inverse @ operator.to_scipy().toarray()).real
+    assert 0.7 < error.min() < error.max() < 1.0 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("boundary", "ratio"),
+    [(D, 1e6), pytest.param(P, 1e3, marks=pytest.mark.slow)],
+)
+def test_galerkin_for_jumps(boundary, ratio):
+    grid = pde.Grid((20, 20), 1.0, boundary, "cell")
+    operator = checkerboard(grid, ratio)
+    b = normal(grid.shape)
+    b = b - b.mean() if operator.singular else b
+    assert iterations(operator, b, multigrid=GALERKIN)[0] <= 12
+
+
+@pytest.mark.slow
+def test_galerkin_for_several_coefficients_at_once():
+    grid = pde.Grid((18, 18))
+    b = jnp.asarray(normal(grid.shape))
+    k = jnp.asarray(np.random.default_rng(1).uniform(0.01, 2.0, (2, *grid.shape)))
+    apply = jax.jit(lambda k: GALERKIN.inverse(pde.Diffusion(grid, k))(b))
+    together = jax.jit(jax.vmap(apply))(k)
+    for one, wanted in zip(together, map(apply, k), strict=True):
+        np.testing.assert_allclose(one, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_galerkin_refuses_what_reaches_further():
+    grid = pde.Grid((20, 20), boundary=P)
+    far = pde.Stencil(grid, {(0, 0): 1.0, (2, 0): -0.1, (-2, 0): -0.1})
+    with pytest.raises(bl.IncompatibleError, match="rediscretised"):
+        GALERKIN.hierarchy(far)
+
+
+@pytest.mark.parametrize("extent", [pytest.param(0.1, marks=pytest.mark.slow), 0.01])
+def test_thin_domains(extent):
+    """Only the axis of the smaller spacing is made coarser until both are alike."""
+    grid = pde.Grid((32, 32), (1.0, extent))
+    assert iterations(-pde.laplacian(grid), normal(grid.shape))[0] <= 9
+
+
+def test_strong_advection():
+    """Chebyshev is for symmetric operators: here it breaks down."""
+    grid = pde.Grid((16, 16))
+    operator = -pde.laplacian(grid) + pde.advection(grid, (1000.0, 500.0), "upwind")
+    b = jnp.asarray(normal(grid.shape))
+    assert int(solved(operator, b, bl.GMRES(preconditioner=MULTIGRID)).iterations) <= 3
+
+
+@pytest.mark.parametrize("preconditioner", [pde.Multigrid(levels=2), pde.FastSolver()])
+@pytest.mark.parametrize("boundary", [N, pytest.param(D, marks=pytest.mark.slow)])
+def test_an_operator_and_the_mean(preconditioner, boundary):
+    grid = pde.Grid((8, 9), 1.0, boundary, "cell")
+    operator = -pde.laplacian(grid) + 2.0 * pde.Mean(grid)
+    b = jnp.asarray(normal(grid.shape)) + 1.0
+    solver = bl.Richardson(1.0, preconditioner=preconditioner)
+    count = int(solved(operator, b, solver).iterations)
+    assert count == 1 if isinstance(preconditioner, pde.FastSolver) else count <= 14
+    beside = bl.LinearSystem(pde.Mean(grid) + pde.Mean(grid), b)
+    with pytest.raises(bl.IncompatibleError, match=r"pde.Mean"):
+        bl.solve(beside, None, b, solver=solver)
+
+
 def test_refusals():
     with pytest.raises(ValueError, match=r"'V', 'W' or 'F'.*'X'"):
         pde.Multigrid(cycle="X")
-    with pytest.raises(ValueError, match="levels"):
-        pde.Multigrid(levels=0)
+    for levels in (0, 1.5):
+        with pytest.raises(ValueError, match="levels"):
+            pde.Multigrid(levels=levels)
+    with pytest.raises(TypeError, match=r"smoother.*WeightedJacobi.*got Jacobi"):
+        pde.Multigrid(smoother=bl.Jacobi())
+    with pytest.raises(ValueError, match=r"'rediscretised' or 'galerkin'.*'petrov'"):
+        pde.Multigrid(coarse="petrov")
+    with pytest.raises(ValueError, match="build"):
+        pde.Multigrid(coarse="galerkin", build=lambda g: -pde.laplacian(g))
+    for part in (1.0, 1.5):
+        with pytest.raises(ValueError, match="part must be below 1"):
+            pde.ChebyshevSmoother(part=part)
     grid = pde.Grid((8, 8))
     operator = -pde.laplacian(grid)
     with pytest.raises(bl.IncompatibleError, match=r"SparseDirect|AlgebraicMultigrid"):

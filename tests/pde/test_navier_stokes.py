@@ -404,12 +404,32 @@ def test_three_dimensions():
     assert float(jnp.max(jnp.abs(c))) < 1e-9
 
 
+def test_no_flow_that_comes_from_nowhere():
+    """Of traced wall values the status tells; others are looked at before the first step."""
+    walls = pde.Staggered((4, 4))
+    flow = pde.NavierStokes(walls, 0.1, 0.1, outer_budget=1, solver=bl.BiCGStab())
+    rest = flow.state(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), walls.like))
+    inflow = jnp.array([1.0, 1.0])
+
+    @jax.jit
+    def states(left, right):
+        controls = {"boundary_values": ({(0, 0): left, (0, 1): right}, None)}
+        return pde.rollout_with_solutions(flow, rest, 2, controls=controls, budget=bl.Budget(1))
+
+    (velocity, _), solution = states(inflow, jnp.array([1.0, 0.5]))
+    assert solution.status.tolist() == [bl.Status.BUDGET, bl.Status.INCONSISTENT]
+    np.testing.assert_array_equal(np.isnan(velocity[0][:, 0, 0]), [False, True])
+    with pytest.raises(ValueError, match="net outflow of -1"):
+        pde.rollout(flow, rest, 2, controls={"boundary_values": ({(0, 0): inflow}, None)})
+    with pytest.raises(ValueError, match="net outflow of -1"):
+        flow.step(rest, theta={"boundary_values": ({(0, 0): 1.0}, None)})
+
+
 def test_bad_input():
     box, walls = pde.Staggered((4, 4), boundary=P), pde.Staggered((4, 4))
     for options, message in (
         ({"linearization": "secant"}, "linearization should be"),
         ({"derivative": "none"}, "derivative should be"),
-        ({"derivative": "unrolled", "linearization": "newton"}, "goes with"),
         ({"derivative": "unrolled", "adjoint_solver": bl.GMRES()}, "Leave out adjoint_solver"),
         ({"differences": "quick"}, "differences should be"),
         ({"forcing": (1.0,)}, "one part for each of 2 components, got 1"),
@@ -435,10 +455,15 @@ def test_bad_input():
         for boundary in (P, pde.Dirichlet()):
             with pytest.raises(ValueError, match="takes at least"):
                 pde.Staggered(shape, boundary=boundary)
+    with pytest.raises(ValueError, match="at least 3 cells along each axis"):
+        pde.lid_driven_cavity(2, 0.1, 0.1)
+    direct = pde.SparseDirect()
+    assert pde.lid_driven_cavity(2, 0.1, 0.1, solver=direct, adjoint_solver=direct).grid.size == 4
     flow = pde.NavierStokes(box, 0.1, 0.1)
     field = jnp.ones((4, 4))
-    with pytest.raises(ValueError, match="u should be a state of structure"):
-        flow.step((field, field))
+    for state in ((field, field), [field, field], field):
+        with pytest.raises(ValueError, match=r"u should be a state \(velocity, pressure\)"):
+            flow.step(state)
     with pytest.raises(ValueError, match="velocity should have the grid's shape"):
         flow.state((jnp.ones((3, 4)), field))
     with pytest.raises(ValueError, match="periodic along two axes"):

@@ -111,10 +111,6 @@ def test_triangles(name):
         with pytest.raises(ValueError, match="is rectangular"):
             operator.lower()
         return
-    if name == "product":
-        with pytest.raises(bl.IncompatibleError, match=r"triu\(operator"):
-            operator.upper()
-        return
 
     @jax.jit
     def triangles(operator):
@@ -133,6 +129,28 @@ def test_triangles(name):
         same(found, wanted) if wanted.any() else np.testing.assert_array_equal(found, 0)
     other = operator.lower(diagonal=False).to_scipy() + operator.upper().to_scipy()
     same(other.toarray(), dense)
+
+
+@pytest.mark.parametrize("factors", [
+    ("product", "product"), ("corners", "corners"), ("wide", "wide"), ("stencil", "diffusion"),
+    ("padded_columns", "sum"), ("divergence", "gradient"),
+])  # fmt: skip
+def test_diagonals_of_products(factors):
+    left, right = (OPERATORS[name] for name in factors)
+    product = left @ right
+    same(ravel_pytree(product.diagonal())[0], product.to_scipy().diagonal())
+
+
+def test_a_traced_product_has_a_diagonal_on_grids():
+    def diagonal(k):
+        operator = pde.Diffusion(GRID, k)
+        return (operator @ operator).diagonal()
+
+    matrix = pde.Diffusion(GRID, field(GRID)).to_scipy()
+    same(np.ravel(jax.jit(diagonal)(field(GRID))), (matrix @ matrix).diagonal())
+    flat = OPERATORS["segment_sum"]
+    assert jax.jit(lambda operator: (operator @ operator).diagonal())(flat) is None
+    assert (OPERATORS["rectangular"] @ OPERATORS["rectangular"].T).diagonal().shape == (5,)
 
 
 def test_triangles_add_up_while_traced_and_differentiate():

@@ -132,6 +132,41 @@ def test_batches_by_vmap():
     np.testing.assert_allclose(got[1], pde.rollout(HEAT, 2 * U, 2), rtol=1e-9)
 
 
+def test_from_a_failed_step_on_states_are_nan():
+    """Traced forcing cannot be looked at beforehand."""
+
+    def states(forcing):
+        return pde.rollout_with_solutions(HEAT, U, 3, controls={"forcing": forcing})
+
+    def loss(forcing):
+        trajectory, solutions = states(forcing)
+        return jnp.sum(trajectory[-1]), (trajectory, solutions)
+
+    forcing = jnp.array([0.0, jnp.nan, 0.0])
+    gradient, (trajectory, solutions) = jax.jit(jax.grad(loss, has_aux=True))(forcing)
+    assert solutions.status.tolist() == [bl.Status.CONVERGED, *[bl.Status.NONFINITE] * 2]
+    np.testing.assert_array_equal(np.isnan(trajectory[:, 0]), [False, True, True])
+    np.testing.assert_array_equal(solutions.value, trajectory)
+    assert np.isnan(gradient).all()
+    state, solution = HEAT.step_with_solution(jnp.full(10, jnp.inf))
+    assert solution.status >= bl.Status.DIVERGED
+    assert np.isnan(state).all()
+
+
+def test_only_a_budget_that_was_given_may_run_out():
+    """Picard's iteration is no contraction here: 50 linearisations leave 5e-3 of the residual."""
+    grid = pde.Grid(16, boundary=pde.Periodic())
+    u = 10 * jnp.sin(2 * jnp.pi * grid.coordinates()[0])
+    options = {"differences": "central", "solver": pde.SparseDirect()}
+    state, solution = pde.Burgers(grid, 1e-3, 5.0, **options).step_with_solution(u)
+    assert solution.status == bl.Status.DIVERGED
+    assert np.isnan(state).all()
+    given = pde.Burgers(grid, 1e-3, 5.0, outer_budget=50, **options)
+    state, solution = given.step_with_solution(u)
+    assert solution.status == bl.Status.BUDGET
+    assert np.isfinite(state).all()
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="steps should be an integer of at least 1, got 0"):
         pde.rollout(HEAT, U, 0)
@@ -147,3 +182,13 @@ def test_bad_input():
         pde.rollout(HEAT, U, 3, fidelity=bl.Fidelity(bl.Budget(3)), budget=bl.Budget(2))
     with pytest.raises(ValueError, match="correct: its result should have the grid's shape"):
         pde.rollout(HEAT, U, 2, correct=lambda u: u[:3])
+    for controls, message in (
+        ({"forcing": jnp.array([0.0, jnp.inf, 0.0])}, r"controls\['forcing'\] should be finite"),
+        ({"dt": jnp.array([0.1, 0.0, 0.1])}, "dt should be positive"),
+        ({"speed": jnp.ones(3)}, "controls may replace"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pde.rollout(HEAT, U, 3, controls=controls)
+    for name in ("theta", "controls"):
+        with pytest.raises(TypeError, match=f"{name} should be a mapping from names"):
+            pde.rollout(HEAT, U, 3, **{name: jnp.ones(3)})

@@ -11,6 +11,7 @@ import scipy.sparse as sp
 
 import bilevel as bl
 import bilevel_pde as pde
+from bilevel_pde.grid_colours import grid_colours
 from tests.pde.cases import few
 from tests.pde.manufactured import D, N, P
 
@@ -184,6 +185,8 @@ def test_as_solvers(smoother):
         (lambda: pde.WeightedJacobi(0.0), "weight"),
         (lambda: pde.WeightedJacobi(sweeps=0), "sweeps"),
         (lambda: pde.GaussSeidel(-1.0), "weight"),
+        (lambda: pde.GaussSeidel(2.0), "weight"),
+        (lambda: pde.GaussSeidel(colours=[0, -1]), "count from 0"),
         (lambda: pde.GaussSeidel(sweeps=0), "sweeps"),
         (lambda: pde.ChebyshevSmoother(0), "degree"),
         (lambda: pde.ChebyshevSmoother(upper=0.0), "upper"),
@@ -195,21 +198,94 @@ def test_refused_parameters(make, name):
         make()
 
 
-def test_refuses_an_operator_without_a_grid():
-    matrix = OPERATORS[0].to_scipy()
-    problem = bl.LinearSystem(pde.from_scipy(matrix), jnp.ones(matrix.shape[0]))
+def test_gauss_seidel_of_a_matrix_needs_colours_and_jacobi_does_not():
+    matrix = OPERATORS[1].to_scipy()
+    operator = pde.from_scipy(matrix)
+    problem = bl.LinearSystem(operator, jnp.ones((20, 2)))
     solver = bl.Richardson(1.0, preconditioner=pde.GaussSeidel())
-    with pytest.raises(bl.IncompatibleError, match="AlgebraicMultigrid"):
-        bl.solve(problem, None, jnp.zeros(matrix.shape[0]), solver=solver)
+    with pytest.raises(bl.IncompatibleError, match=r"colours=pde.colouring\(matrix\)"):
+        bl.solve(problem, None, jnp.zeros((20, 2)), solver=solver)
+    inverse = np.asarray(pde.WeightedJacobi(sweeps=1).at(problem.at(None), None)(jnp.ones((20, 2))))
+    np.testing.assert_allclose(inverse, np.tile(2 / 3 / matrix.diagonal(), (2, 1)).T)
+    # A product of fields of several arrays has no diagonal of one.
+    flow = pde.Gradient(pde.Staggered((4, 4))).T
+    system = bl.LinearSystem(flow @ flow.T, jnp.ones((4, 4))).at(None)
+    with pytest.raises(bl.IncompatibleError, match="colours"):
+        pde.GaussSeidel().at(system, None)
 
 
-def test_odd_periodic_axis_and_two_colours():
-    """Neighbours across the seam share a colour: still a convergent iteration, and symmetric."""
-    operator = pde.identity(pde.Grid(5, boundary=P)) - 0.1 * pde.laplacian(pde.Grid(5, boundary=P))
-    inverse = applied.__wrapped__(pde.GaussSeidel(symmetric=True), operator)
-    np.testing.assert_allclose(inverse, inverse.T, atol=1e-13)
-    error = np.eye(5) - inverse @ operator.to_scipy().toarray()
-    assert np.abs(np.linalg.eigvals(error)).max() < 1
+def test_one_way_gauss_seidel_is_refused_where_symmetry_is_needed():
+    operator = OPERATORS[0]
+    problem = bl.LinearSystem(operator, jnp.ones(operator.grid.shape))
+    for kind in (bl.ConjugateGradient, bl.MINRES):
+        solver = kind(preconditioner=pde.GaussSeidel())
+        with pytest.raises(bl.IncompatibleError, match=r"Use GaussSeidel\(symmetric=True\)"):
+            bl.solve(problem, None, jnp.zeros(operator.grid.shape), solver=solver)
+
+
+@functools.cache
+def hard_for_two_colours():
+    """Symmetric positive definite operators whose red points would see one another."""
+    odd, square, even = (pde.Grid(n, boundary=P) for n in (9, (9, 9), (8, 8)))
+    fourth = pde.Grid(16, 16.0, P)
+    corners = dict.fromkeys(itertools.product((-1, 0, 1), repeat=2), -1.0) | {(0, 0): 8.1}
+    return [
+        *(
+            0.1 * pde.identity(g) - g.spacing[0] ** 2 * pde.laplacian(g)
+            for g in (odd, square, even)
+        ),
+        0.1 * pde.identity(fourth) + pde.biharmonic(fourth),
+        pde.Stencil(pde.Grid((5, 6), boundary=P), corners),
+    ]
+
+
+@pytest.mark.parametrize("number", few(lambda number: number in {0, 1, 3}, range(5)))
+def test_over_relaxation_converges_wherever_it_must(number):
+    """For every positive definite operator SOR does, and SSOR is positive definite."""
+    operator = hard_for_two_colours()[number]
+    matrix = operator.to_scipy().toarray()
+    forward = applied.__wrapped__(pde.GaussSeidel(1.8), operator)
+    assert np.abs(np.linalg.eigvals(np.eye(len(matrix)) - forward @ matrix)).max() < 1
+    # Symmetric sweeps: M⁻¹ = F + Fᵀ - Fᵀ A F of forward ones F.
+    both = forward + forward.T - forward.T @ matrix @ forward
+    assert np.linalg.eigvalsh(both)[0] > 0
+    if number == 1:
+        inverse = applied.__wrapped__(pde.GaussSeidel(1.8, symmetric=True), operator)
+        np.testing.assert_allclose(inverse, both, atol=1e-12)
+
+
+AXES, CORNERS = ((1, 0), (0, 1)), tuple(itertools.product((-1, 0, 1), repeat=2))
+FURTHER = (*CORNERS, (2, 0), (0, 2))
+
+
+@pytest.mark.parametrize(
+    ("shape", "periodic", "offsets", "count"),
+    [
+        ((8, 6), (True, True), AXES, 2),
+        ((9, 6), (True, False), AXES, 3),
+        ((9, 6), (False, True), AXES, 2),
+        ((6, 5), (True, False), CORNERS, 4),
+        ((5, 5), (True, True), CORNERS, 5),
+        ((7, 9), (True, True), FURTHER, 12),
+        ((16, 16), (True, True), FURTHER, 8),
+        ((3, 1), (True, False), ((1, 0), (2, 0), (0, 1)), 3),
+        ((4, 3), (False, False), ((0, 0),), 1),
+        ((3, 3), (False, False), ((5, 0), (1, 1)), 2),
+    ],
+)
+def test_colours_of_a_grid(shape, periodic, offsets, count):
+    """No point sees another of its colour, wherever axes close."""
+    colours, found = grid_colours(shape, periodic, offsets)
+    assert (found, set(np.unique(colours))) == (count, set(range(count)))
+    points = np.indices(shape)
+    for offset in offsets:
+        target = [index + step for index, step in zip(points, offset, strict=True)]
+        inside = np.ones(shape, bool)
+        for axis, (size, closed) in enumerate(zip(shape, periodic, strict=True)):
+            inside &= closed | ((target[axis] >= 0) & (target[axis] < size))
+            target[axis] = target[axis] % size
+        other = np.any([t != p for t, p in zip(target, points, strict=True)], axis=0)
+        assert not np.any(inside & other & (colours[tuple(target)] == colours))
 
 
 def random_pattern(size=12):
@@ -270,5 +346,16 @@ def test_refused_colours():
     problem = bl.LinearSystem(operator, jnp.ones(12)).at(None)
     with pytest.raises(bl.IncompatibleError, match="3 colours do not fit an operator with 12"):
         pde.GaussSeidel(colours=np.arange(3)).at(problem, jnp.ones(12))
+    # Red and black for a matrix that reaches across corners, also within someone else's jit.
+    corners = pde.from_scipy(OPERATORS[-1].to_scipy())
+    wrong = pde.GaussSeidel(colours=np.indices((6, 5)).sum(0).ravel() % 2)
+    solver = bl.Richardson(1.0, preconditioner=wrong)
+
+    def solve(b):
+        return bl.solve(bl.LinearSystem(corners, b), None, b, solver=solver).value
+
+    for run in (solve, jax.jit(solve)):
+        with pytest.raises(ValueError, match="have the same colour"):
+            run(jnp.ones(30))
     with pytest.raises(bl.IncompatibleError, match="traced"):
         jax.jit(lambda t: pde.colouring(t * operator))(1.0)

@@ -185,7 +185,8 @@ def test_sums_and_multiples_on_a_grid_are_one_stencil(centering):
         for factor, a in ((1 / 3, one), (-0.1 / 3, lap), (0.2 / 3, array))
     )
     np.testing.assert_allclose(together.to_scipy().toarray(), expected, atol=1e-12)
-    other = pde.laplacian(pde.Grid((4, 5), boundary=D))
+    # On the same points, with another condition on a side.
+    other = pde.laplacian(pde.Grid((4, 5), boundary=[(D, R), P], centering=centering))
     np.testing.assert_allclose(
         (lap + other).to_scipy().toarray(), (lap.to_scipy() + other.to_scipy()).toarray()
     )

@@ -1,5 +1,6 @@
 """Krylov solvers, against SciPy's iterates, dense algebra, and plain differentiated loops."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -380,6 +381,41 @@ def test_an_indefinite_preconditioner_breaks_down(solver):
     signs = np.where(np.arange(SIZE) < 6, 1.0, -1.0)
     solution = solve(matrix, rhs, solver(preconditioner=lambda v: signs * v))
     assert solution.status == BREAKDOWN
+
+
+class OneWay(eqx.Module):
+    """A preconditioner that says it is not symmetric, and asks for other numbers."""
+
+    symmetric: bool = False
+
+    def at(self, problem, x):
+        return lambda v: v
+
+    def examine(self, operator):
+        if operator[0, 0] == 3.0:
+            msg = "OneWay: not with a three."
+            raise ValueError(msg)
+
+
+def test_what_a_preconditioner_says_of_itself_is_heard():
+    problem = bl.LinearSystem(2.0 * jnp.eye(2), jnp.ones(2))
+    for kind in (bl.ConjugateGradient, bl.MINRES):
+        with pytest.raises(bl.IncompatibleError, match=r"Use OneWay\(symmetric=True\), or"):
+            bl.solve(problem, None, jnp.zeros(2), solver=kind(preconditioner=OneWay()))
+    solver = bl.GMRES(preconditioner=OneWay())
+    assert bl.solve(problem, None, jnp.zeros(2), solver=solver).status == 0
+    three = bl.LinearSystem(3.0 * jnp.eye(2), jnp.ones(2))
+    with pytest.raises(ValueError, match="not with a three"):
+        bl.solve(three, None, jnp.zeros(2), solver=solver)
+
+
+def test_zeros_on_the_diagonal_are_refused_where_they_are_seen():
+    matrix = jnp.array([[1.0, 2.0, 0.0], [2.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
+    for solver in (bl.Jacobi(), bl.GMRES(preconditioner=bl.JacobiPreconditioner())):
+        for operator in (matrix, bl.LinearOperator(lambda v: v, diagonal=jnp.diagonal(matrix))):
+            problem = bl.LinearSystem(operator, jnp.ones(3))
+            with pytest.raises(ValueError, match=r"2 of 3 rows have a zero.*first is row 1"):
+                bl.solve(problem, None, jnp.zeros(3), solver=solver)
 
 
 def test_preconditioners_that_do_not_fit_are_refused():
