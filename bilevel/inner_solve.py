@@ -15,7 +15,7 @@ from bilevel.compilation import compiled
 from bilevel.estimator.base import Estimator, Record, Setting
 from bilevel.estimator.implicit import Implicit
 from bilevel.probe import AdjointProbe, Probe
-from bilevel.problem import InnerProblem, as_inner_problem
+from bilevel.problem import InnerProblem, LinearSystem, as_inner_problem
 from bilevel.refinement.fidelity import Fidelity
 from bilevel.solution import Solution
 from bilevel.solver.base import InnerSolver
@@ -50,7 +50,9 @@ def solve(
     - `theta`: any pytree; what the solution is differentiated with respect to.
     - `x0`: the start, any pytree of float or complex arrays. A good one is a warm start.
     - `solver`: an inner solver; `None` picks one from the kind and size of the problem.
-    - `estimator`: how the derivative is obtained; [`Implicit`][] by default.
+    - `estimator`: how the derivative is obtained; [`Implicit`][] by default, with the
+        solver of a linear system for its adjoint, too, preconditioner and factors included,
+        unless it is a stationary one.
     - `budget`: of the primal solve. By default to within rounding.
     - `adjoint_budget`: of the solves of the derivative, relative to their own right-hand
         side. By default to within rounding; never taken from `budget`.
@@ -166,14 +168,15 @@ def arrange(
     ):
         if value is not None and not isinstance(value, kind):
             raise TypeError(_wrong_kind(name, value))
-    estimator = Implicit() if estimator is None else estimator
+    problem = as_inner_problem(problem)
+    estimator = _default_estimator(problem, solver) if estimator is None else estimator
     estimator.check_budget(budget)
     x0 = as_vector("x0", x0)
     if adjoint_guess is not None:
         adjoint_guess = as_vector("adjoint_guess", adjoint_guess)
         _require_like("adjoint_guess", adjoint_guess, x0)
     setting = Setting(
-        problem=as_inner_problem(problem),
+        problem=problem,
         theta=jax.tree.map(_as_array, theta),
         x0=x0,
         solver=solver,  # pyright: ignore[reportArgumentType]
@@ -184,6 +187,13 @@ def arrange(
     )
     examine(solver, getattr(setting.problem, "operator", None))
     return setting, estimator, probe
+
+
+def _default_estimator(problem: InnerProblem, solver: InnerSolver | None) -> Estimator:
+    """Implicit; what a user chose for a linear system is right for its transpose."""
+    if solver is None or solver.stationary or not solver.linear_adjoint:
+        return Implicit()
+    return Implicit(solver if isinstance(problem, LinearSystem) else None)
 
 
 def complete(setting: Setting) -> Setting:

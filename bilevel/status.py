@@ -58,7 +58,7 @@ class Status(enum.IntEnum):
         (
             "A NaN or infinity came up in the iteration. Check the data, theta and the start for "
             "non-finite values, and the diagonal for zeros if the solver or its preconditioner "
-            "divides by it (Jacobi, Gauss-Seidel)."
+            "divides by it (Jacobi, Gauss-Seidel). From a direct solver: the matrix is singular."
         ),
     )
     BREAKDOWN = (

@@ -49,6 +49,13 @@ class TaskFile:
         self._found = _lookup(module, self._name, self.file)
         self._arguments = _arguments(self._found, self._name, settings)
 
+    @property
+    def seeded(self) -> bool:
+        """Whether the task's function takes a seed: otherwise every run of it is the same."""
+        if isinstance(self._found, Task):
+            return False
+        return "seed" in inspect.signature(self._found).parameters
+
     def build(self, seed: int) -> Task:
         """The task, made anew with a seed where its function takes one.
 
@@ -57,7 +64,7 @@ class TaskFile:
         if isinstance(self._found, Task):
             return self._found
         arguments = dict(self._arguments)
-        if "seed" in inspect.signature(self._found).parameters:
+        if self.seeded:
             arguments.setdefault("seed", seed)
         with self.guard():
             task = self._found(**arguments)

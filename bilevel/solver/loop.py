@@ -391,10 +391,12 @@ def _status(
     drowned = (failure == Status.BREAKDOWN) & (true_norm <= level)
     failure = jnp.where(drowned, code(Status.ROUNDING), failure)
     result = jnp.where(failure != Status.CONVERGED, failure, result)
-    done = code(Status.CONVERGED)
-    if iteration.floor is not None:
-        possible = iteration.floor <= limits.tolerance * iteration.unit
-        done = jnp.where(possible, done, code(Status.INCONSISTENT))
-    result = jnp.where(true_norm <= limits.tolerance, done, result)
+    result = jnp.where(true_norm <= limits.tolerance, code(Status.CONVERGED), result)
     finite = jnp.isfinite(true_norm) & jnp.isfinite(progress.norm) & ~jnp.isnan(limits.tolerance)
-    return jnp.where(finite, result, code(Status.NONFINITE))
+    result = jnp.where(finite, result, code(Status.NONFINITE))
+    if iteration.floor is None:
+        return result
+    # Whatever became of it, this is why; running out of a budget would have come first anyway.
+    impossible = iteration.floor > limits.tolerance * iteration.unit
+    impossible = impossible & ((result == Status.CONVERGED) | (result >= Status.DIVERGED))
+    return jnp.where(impossible, code(Status.INCONSISTENT), result)

@@ -294,6 +294,7 @@ TASKS = SEVERAL + "first = t.Task(1.0, loss)\nsecond = t.Task(1.0, loss)\nnumber
         (["compare", "problem.py", "--seeds", "-1"], "'-1' is no whole number of 1 or more"),
         (["compare", "problem.py", "--seeds", "99999999999"], "more than 10000 seeds"),
         (["compare", "problem.py", "--seeds", "1,1"], "should list seeds that differ"),
+        (["compare", "tasks.py:first", "--seeds", "2"], "2 seeds would be as many times the same"),
         (["compare", "problem.py", "--target", "nan"], "'nan' is no finite number"),
         (["compare", "problem.py", "--margin", "-1"], "'-1' is negative"),
         (["plot", "nowhere"], "there is no directory nowhere"),

@@ -13,7 +13,7 @@ from bilevel.outer.history import History
 from bilevel.outer.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMAND = [sys.executable, "-m", "bilevel.cli"]
+COMMAND = [sys.executable, "-m", "bilevel"]
 
 SLOW = """
 import time

@@ -240,3 +240,23 @@ def test_sums_of_operators_on_different_fields(other, match):
 def test_noise_on_grids_that_are_too_small():
     with pytest.raises(ValueError, match=r"smoothed_noise: grid .* at least 3 points"):
         pde.smoothed_noise(jax.random.key(0), pde.Grid((2, 5)))
+
+
+def test_a_closed_problem_without_solution_says_why_forward_and_backward():
+    grid = pde.Grid((6, 5), boundary=pde.Neumann(), centering="cell")
+    weights = jnp.asarray(np.random.default_rng(0).standard_normal(grid.shape))
+    problem = bl.LinearSystem(lambda _: pde.Diffusion(grid, 1.0), lambda f: f - jnp.mean(f))
+    result = bl.hypergradient(
+        lambda x, _: jnp.sum(weights * x),
+        problem,
+        weights,
+        jnp.zeros(grid.shape),
+        solver=bl.ConjugateGradient(),
+    )
+    # A loss that depends on the mean has no derivative: the mean is not determined.
+    assert int(result.primal.status) == bl.Status.CONVERGED
+    assert int(result.adjoint.status) == bl.Status.INCONSISTENT
+    assert np.all(np.isnan(result.gradient))
+    closed = bl.LinearSystem(pde.Diffusion(grid, 1.0), weights)
+    solution = bl.solve(closed, None, jnp.zeros(grid.shape), solver=bl.MINRES())
+    assert int(solution.status) == bl.Status.INCONSISTENT
