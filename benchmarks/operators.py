@@ -18,6 +18,11 @@ from benchmarks.harness import Report, Timing
 
 SCIPY, BCOO, BCSR = "SciPy CSR", "JAX BCOO", "JAX BCSR"
 
+LOOPED = ", in a loop"
+
+LOOP = 20
+"""Applications in one compiled loop, where no result has to be put into new memory."""
+
 ROW = 5
 """Applications in a row, as a solver makes them: the first finds the others' data in the cache."""
 
@@ -131,10 +136,35 @@ def measure(case: Case, rounds: int) -> tuple[dict[str, Timing], dict[str, float
         for name in (*case.operators, BCOO, BCSR)
         if "general" not in name
     }
+    scale = 1.0 / float(abs(matrix).sum(axis=1).max())
+    loops = {SCIPY: _scipy_loop(matrix, v, scale)}
+    for name, operator in case.operators.items():
+        loops[name] = _loop(operator, given, scale)
     repeated = {name: _in_a_row(function) for name, function in candidates.items()}
     timings = harness.round_robin(repeated, rounds=rounds)
     each = {k: Timing(tuple(s / ROW for s in timing.seconds)) for k, timing in timings.items()}
+    looped = harness.round_robin(loops, rounds=rounds)
+    for name, timing in looped.items():
+        each[f"{name}{LOOPED}"] = Timing(tuple(s / LOOP for s in timing.seconds))
     return each, errors
+
+
+def _loop(operator: Any, v: Any, scale: float) -> Callable[[], Any]:
+    def applied(operator: Any, v: Any) -> Any:
+        return jax.lax.fori_loop(0, LOOP, lambda _, v: scale * operator.matvec(v), v)
+
+    return _applied(lambda o, v: applied(o, _field(o, v)), operator, v)
+
+
+def _scipy_loop(matrix: sp.csr_array, v: Any, scale: float) -> Callable[[], Any]:
+    def run() -> Any:
+        result = v
+        for _ in range(LOOP):
+            result = matrix @ result
+            result *= scale
+        return result
+
+    return run
 
 
 def _in_a_row(function: Callable[[], Any]) -> Callable[[], Any]:
@@ -176,7 +206,7 @@ def benchmark(quick: bool = False) -> Report:
             f"{case.name}: one application, float64", "candidate", "µs", "SciPy / it", "error"
         )
         for name, timing in timings.items():
-            ratio = timings[SCIPY].ratio(timing)
+            ratio = timings[f"{SCIPY}{LOOPED}" if LOOPED in name else SCIPY].ratio(timing)
             table.add(name, 1e6 * timing.median, ratio, errors.get(name))
         for name, operator in case.operators.items():
             if isinstance(operator, pde.AssembledMatrix):
