@@ -110,7 +110,8 @@ def _iterations(report: Report, sizes: list[int]) -> None:
 
 
 def _name(cycle: pde.Multigrid) -> str:
-    return f"{cycle.cycle}, {type(cycle.smoother).__name__}"
+    smoother = "default" if cycle.smoother is None else type(cycle.smoother).__name__
+    return f"{cycle.cycle}, {smoother}"
 
 
 def _against_pyamg(report: Report, points: int, rounds: int, *, held: bool) -> None:

@@ -16,6 +16,7 @@ from bilevel import vector
 from bilevel.bound import BoundProblem
 from bilevel.solver.base import IncompatibleError
 from bilevel.solver.parameter import whole
+from bilevel_pde.materialise import materialise
 from bilevel_pde.operator import Operator
 from bilevel_pde.scipy_matrix import concrete_matrix, from_scipy
 from bilevel_pde.smoother import ChebyshevSmoother
@@ -170,9 +171,9 @@ class AlgebraicMultigrid(eqx.Module):
             return self.coarsest.astype(b.dtype) @ b
         level = self.levels[index]
         smoother = ChebyshevSmoother(self.degree, upper=level.upper.astype(b.dtype))
-        x = smoother.sweep(level.operator, None, b, backward=False)
-        coarse = level.restrict.matvec(b - level.operator.matvec(x))
-        x = x + level.prolong.matvec(self._cycle(index + 1, coarse))
+        x = materialise(smoother.sweep(level.operator, None, b, backward=False))
+        coarse = materialise(level.restrict.matvec(materialise(b - level.operator.matvec(x))))
+        x = materialise(x + level.prolong.matvec(self._cycle(index + 1, coarse)))
         return smoother.sweep(level.operator, x, b, backward=True)
 
 

@@ -17,6 +17,7 @@ from bilevel_pde.coarsening import NEAR, Transfer, coarse_grid, coarsen, strong
 from bilevel_pde.diffusion import Diffusion
 from bilevel_pde.galerkin import FEWEST, Interpolation, galerkin
 from bilevel_pde.grid import Grid
+from bilevel_pde.materialise import materialise
 from bilevel_pde.mean_shift import shifted_operator, with_mean
 from bilevel_pde.operator import Operator
 from bilevel_pde.smoother import ChebyshevSmoother, GaussSeidel, Smoother, grid_of
@@ -216,8 +217,8 @@ class Multigrid(eqx.Module):
         if transfer is None:
             solved: Any = coarsest.astype(b.dtype) @ b.reshape(-1)
             return solved.reshape(b.shape)
-        x = smoother.sweep(operator, None, b, backward=False)
-        coarse = transfer.restrict(b - operator.matvec(x))
+        x = materialise(smoother.sweep(operator, None, b, backward=False))
+        coarse = materialise(transfer.restrict(materialise(b - operator.matvec(x))))
         below, deeper = hierarchy[level + 1]
 
         def correct(visit: Int[Array, ""] | int, correction: Array | None) -> Array:
@@ -225,7 +226,7 @@ class Multigrid(eqx.Module):
             again = visits if self.cycle == "W" else jnp.where(visit == 0, visits, 1)
             if correction is None:
                 return self._cycle(smoother, hierarchy, coarsest, level + 1, coarse, again)
-            left = coarse - below.matvec(correction)
+            left = materialise(coarse - below.matvec(correction))
             return correction + self._cycle(smoother, hierarchy, coarsest, level + 1, left, again)
 
         if self.cycle == "V" or deeper is None:
@@ -233,8 +234,8 @@ class Multigrid(eqx.Module):
         else:
             # A loop, so that what is compiled grows with the levels and not with the visits.
             correction = jax.lax.fori_loop(0, visits, correct, jnp.zeros_like(coarse))
-        x = x + transfer.prolong(correction)
-        return smoother.sweep(operator, x, b, backward=True)
+        x = materialise(x + transfer.prolong(correction))
+        return materialise(smoother.sweep(operator, x, b, backward=True))
 
 
 def _is_self_adjoint(operator: Stencil | Diffusion) -> bool:

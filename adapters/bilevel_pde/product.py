@@ -14,6 +14,7 @@ from bilevel import vector
 from bilevel.solver.base import IncompatibleError
 from bilevel_pde.diffusion import Diffusion
 from bilevel_pde.listed_entries import diagonal_like
+from bilevel_pde.materialise import materialise
 from bilevel_pde.operator import Operator
 from bilevel_pde.shift import shift
 from bilevel_pde.stencil import Stencil
@@ -57,11 +58,11 @@ class Product(Operator):
 
     def matvec(self, v: PyTree) -> PyTree:
         """A (B v)."""
-        return self.left.matvec(self.right.matvec(v))
+        return self.left.matvec(jax.tree.map(materialise, self.right.matvec(v)))
 
     def rmatvec(self, v: PyTree) -> PyTree:
         """Bᵀ (Aᵀ v)."""
-        return self.right.rmatvec(self.left.rmatvec(v))
+        return self.right.rmatvec(jax.tree.map(materialise, self.left.rmatvec(v)))
 
     def transposed(self) -> "Product":
         """Bᵀ Aᵀ."""

@@ -16,6 +16,7 @@ from bilevel.solver.parameter import number, positive, whole
 from bilevel_pde.diffusion import Diffusion
 from bilevel_pde.grid import Grid
 from bilevel_pde.grid_colours import grid_colours
+from bilevel_pde.materialise import materialise
 from bilevel_pde.operator import Operator
 from bilevel_pde.source import grid_operator, source_operator
 from bilevel_pde.stencil import Stencil
@@ -106,11 +107,11 @@ class WeightedJacobi(Smoother):
 
         done = int(x is None)
         x = step * b if x is None else x
-        # Few in line, for XLA to fuse; of many a loop compiles one.
+        # Few in line, of many a loop compiles one.
         if self.sweeps > IN_LINE:
             return jax.lax.fori_loop(done, self.sweeps, again, x)
         for k in range(done, self.sweeps):
-            x = again(k, x)
+            x = again(k, materialise(x) if k else x)
         return x
 
 
@@ -239,8 +240,8 @@ class GaussSeidel(Smoother):
 
         if self.colours is None and len(order) <= MOST_STEPS:
             masks = [jnp.asarray(colours == colour) for colour in range(count)]
-            for colour in order:
-                x = updated(x, masks[colour])
+            for k, colour in enumerate(order):
+                x = updated(materialise(x) if k and x is not None else x, masks[colour])
             assert x is not None
             return x
         # There may be many: a loop compiles one of them.
@@ -295,10 +296,11 @@ class ChebyshevSmoother(Smoother):
         centre, radius = 0.5 * (1 + self.part) * self.upper, 0.5 * (1 - self.part) * self.upper
         ratio = centre / radius
         rho = 1.0 / ratio
-        residual = b if x is None else b - operator.matvec(x)
+        residual = b if x is None else materialise(b - operator.matvec(x))
         direction = inverse * residual / centre
         found = direction if x is None else x + direction
         for _ in range(self.degree - 1):
+            direction = materialise(direction)
             residual = residual - operator.matvec(direction)
             following = 1.0 / (2.0 * ratio - rho)
             direction = following * rho * direction + 2.0 * following / radius * inverse * residual

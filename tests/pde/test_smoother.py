@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -359,3 +360,12 @@ def test_refused_colours():
             run(jnp.ones(30))
     with pytest.raises(bl.IncompatibleError, match="traced"):
         jax.jit(lambda t: pde.colouring(t * operator))(1.0)
+
+
+def test_a_stencil_that_reads_what_another_made_is_computed_once():
+    """Fused into each other on CPUs they took up to 125 times the work, and 89 operations here."""
+    grid = pde.Grid((63, 63))
+    operator, b = -pde.laplacian(grid), jnp.ones(grid.shape)
+    sweep = partial(pde.ChebyshevSmoother().sweep, backward=True)
+    compiled = jax.jit(sweep).lower(operator, b, b).compile()
+    assert compiled.cost_analysis()["flops"] / grid.size < 50
