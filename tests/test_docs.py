@@ -14,6 +14,7 @@ import pytest
 
 import bilevel
 import bilevel.testing
+import bilevel_pde
 from bilevel.cli import main
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -94,6 +95,12 @@ def test_the_reference_names_what_the_kit_has():
     section = text.partition("## Testing your own")[2].partition("\n## ")[0]
     listed = re.findall(r"^\| `testing\.(\w+)` \|", section, re.MULTILINE)
     assert sorted(listed) == sorted(bilevel.testing.__all__)
+
+
+def test_the_page_of_the_adapter_names_what_it_has():
+    text = (DOCS / "pde.md").read_text(encoding="utf-8").partition("## The public names")[2]
+    listed = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    assert sorted(listed) == sorted(name for name in bilevel_pde.__all__ if name[0] != "_")
 
 
 def test_pages_are_reachable_from_the_first():
