@@ -85,7 +85,7 @@ def advection(
     # Fields of numbers are not looked through: what they are is known but for v = 0.
     folded = fold(grid, terms)
     closed = all(isinstance(s, Neumann | Periodic) for pair in grid.boundary for s in pair)
-    known = Definiteness(singular=closed and not conservative)
+    known = Definiteness(singular=(closed and not conservative) or None)
     return Stencil.folded(grid, folded.coefficients, folded.sources, known)
 
 

@@ -14,6 +14,12 @@ Offset = tuple[int, ...]
 Coefficients = Mapping[Offset, tuple[Any, ...]]
 Sign = Literal["positive", "nonnegative", "nonpositive", "negative", "indefinite"]
 
+ROUNDINGS = 4
+"""Units of rounding of a row's entries that its sum may be away from zero, and be zero.
+
+Few, or a small number beside large ones, as in u - dt Δu on a fine grid, would not be seen.
+"""
+
 _OPPOSITE: dict[Sign, Sign] = {
     "positive": "negative",
     "nonnegative": "nonpositive",
@@ -22,9 +28,11 @@ _OPPOSITE: dict[Sign, Sign] = {
     "indefinite": "indefinite",
 }
 
+_STRICT = ("positive", "negative")
+
 
 class Definiteness(NamedTuple):
-    """What is known of a matrix; `None`, and `False` of `singular`, say that nothing is.
+    """What is known of a matrix; `None` says that nothing is.
 
     **Arguments:**
 
@@ -35,7 +43,7 @@ class Definiteness(NamedTuple):
 
     symmetric: bool | None = None
     sign: Sign | None = None
-    singular: bool = False
+    singular: bool | None = None
 
     @property
     def positive_definite(self) -> bool | None:
@@ -49,7 +57,8 @@ class Definiteness(NamedTuple):
     def scaled(self, factor: Any) -> "Definiteness":
         """Of the matrix times a number."""
         if isinstance(factor, Tracer):
-            return self._replace(sign=None)
+            # It may be zero.
+            return self._replace(sign=None, singular=self.singular or None)
         number = float(factor)
         if number == 0:
             return Definiteness(symmetric=True, sign="nonnegative", singular=True)
@@ -71,7 +80,27 @@ class Definiteness(NamedTuple):
         for strict, weak in pairs:
             if {self.sign, other.sign} <= {strict, weak}:
                 sign = strict if strict in {self.sign, other.sign} else weak
-        return Definiteness(symmetric, sign, self.singular and other.singular)
+        known = {self.singular, other.singular}
+        # What two regular ones make of constants may cancel.
+        singular = None if None in known or known == {False} else known == {True}
+        return Definiteness(symmetric, sign, False if sign in _STRICT else singular)
+
+    def completed(self, seen: "Definiteness | None") -> "Definiteness":
+        """With what a look at the numbers says of what is not known.
+
+        Numbers are rounded, and what is known is not: a definite matrix with terms of very
+        different size looks like a singular one.
+        """
+        if seen is None:
+            return self
+        symmetric = seen.symmetric if self.symmetric is None else self.symmetric
+        singular = seen.singular if self.singular is None else self.singular
+        if self.sign in _STRICT:
+            return Definiteness(symmetric, self.sign, singular=False)
+        sign = self.sign if seen.sign is None else seen.sign
+        if singular and sign in _STRICT:
+            sign = self.sign
+        return Definiteness(symmetric, sign if symmetric else None, singular)
 
 
 def examine(grid: Grid, coefficients: Coefficients) -> Definiteness | None:
@@ -105,12 +134,14 @@ def examine(grid: Grid, coefficients: Coefficients) -> Definiteness | None:
     for axis, points in enumerate(grid.shape):
         step = tuple(int(d == axis) for d in range(grid.ndim))
         connected = connected and (points == 1 or _reaches(grid, table, rows, step))
-    singular = bool(np.all(np.abs(total) <= tolerance * len(table)))
+    # Each row has its own: beside the largest entry of a matrix a whole row may be small.
+    rounding = ROUNDINGS * float(np.finfo(grid.dtype).eps) * (np.abs(diagonal) + others)
+    singular = bool(np.all(np.abs(total) <= rounding))
     sign: Sign | None = None
     if symmetric:
-        sign = _sign(diagonal - others, tolerance, connected=connected)
+        sign = _sign(diagonal - others, rounding, connected=connected)
         if sign is None:
-            below = _sign(-diagonal - others, tolerance, connected=connected)
+            below = _sign(-diagonal - others, rounding, connected=connected)
             sign = None if below is None else _OPPOSITE[below]
     return Definiteness(symmetric, sign, singular)
 
@@ -120,8 +151,7 @@ def is_varied(piece: Any) -> bool:
     return sum(size > 1 for size in piece.shape) > 1
 
 
-def _sign(excess: Any, tolerance: float, *, connected: bool) -> Sign | None:
-    tolerance *= 2 * excess.ndim + 1
+def _sign(excess: Any, tolerance: Any, *, connected: bool) -> Sign | None:
     if np.any(excess < -tolerance) or not np.all(np.isfinite(excess)):
         return None
     strict = excess > tolerance

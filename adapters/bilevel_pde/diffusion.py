@@ -132,7 +132,7 @@ class Diffusion(Operator):
     @property
     def singular(self) -> bool:
         """Whether constant fields are known to be in the kernel."""
-        return self.definiteness.singular
+        return self.definiteness.singular is True
 
     def matvec(self, v: Array) -> Array:
         """A v, like v."""
@@ -235,7 +235,8 @@ class Diffusion(Operator):
         for weight in self.grid.weights():
             reaction = tuple(piece / weight for piece in reaction)
         uniform = all(bool(np.all(weight == 1)) for weight in self.grid.weights())
-        known = self.definiteness if uniform else Definiteness(False, None, self.singular)
+        known = self.definiteness
+        known = known if uniform else Definiteness(False, None, known.singular)
         return self._with(self.faces, reaction, known, row_weights=False)
 
     def _is_positive(self) -> bool:
@@ -371,7 +372,7 @@ def _definiteness(grid: Grid, given: tuple[Any, ...]) -> Definiteness:
         for ghost in (grid.ghost(axis, 0), grid.ghost(axis, 1))
     )
     symmetric = all(bool(np.all(weight == 1)) for weight in grid.weights())
-    return Definiteness(symmetric, sign if symmetric else None, singular)
+    return Definiteness(symmetric, sign if symmetric else None, singular or None)
 
 
 def _sign_by_sides(grid: Grid) -> Literal["positive", "nonnegative"] | None:

@@ -155,7 +155,7 @@ def galerkin(operator: Stencil, axes: tuple[int, ...]) -> tuple[Stencil, Interpo
     terms: dict[Offset, Any] = {
         offset: (field,) for offset, field in zip(offsets, fields, strict=True)
     }
-    known = Definiteness(operator.symmetric, None, operator.singular)
+    known = Definiteness(operator.symmetric, None, operator.definiteness.singular)
     coarse = Stencil.folded(grid, terms, None, known)
     return (coarse.declared(symmetric=True) if operator.symmetric else coarse), transfer
 

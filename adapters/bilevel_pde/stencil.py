@@ -84,7 +84,7 @@ class Stencil(Operator):
             known = Definiteness(
                 True if positive_definite else known.symmetric,
                 "positive" if positive_definite else "indefinite",
-                singular=known.singular and not positive_definite,
+                singular=False if positive_definite else known.singular,
             )
         self.definiteness = known
 
@@ -99,12 +99,13 @@ class Stencil(Operator):
     ) -> "Stencil":
         """A stencil whose boundary conditions are in its coefficients already.
 
-        `definiteness` is what is known without looking; a look is taken where that is cheap.
+        `definiteness` is what is known without looking; a look is taken at the rest where that
+        is cheap.
         """
         made = object.__new__(cls)
         merged = {offset: folding.merge(grid, parts) for offset, parts in coefficients.items()}
         if not any(is_varied(piece) for parts in merged.values() for piece in parts):
-            definiteness = examine(grid, merged) or definiteness
+            definiteness = definiteness.completed(examine(grid, merged))
         values = {
             "grid": grid,
             "offsets": tuple(merged),
@@ -136,7 +137,7 @@ class Stencil(Operator):
     @property
     def singular(self) -> bool:
         """Whether constant fields are known to be in the kernel."""
-        return self.definiteness.singular
+        return self.definiteness.singular is True
 
     @property
     def terms(self) -> dict[Offset, Pieces]:
@@ -301,7 +302,10 @@ class Stencil(Operator):
                 at = weight[(slice(None),) * axis + (slice(-side, None if side else 1),)]
                 factor = at if across == axis else weight
                 sources[across, side] = tuple(piece * factor for piece in pieces)
-        known = examine(self.grid, parts) or Definiteness(None, None, self.singular)
+        known = self.definiteness
+        if any(np.any(weight != 1) for weight in self.grid.weights()):
+            # Volumes are positive: what is in the kernel stays there, and the rest out of it.
+            known = Definiteness(singular=known.singular).completed(examine(self.grid, parts))
         kept = None if self.sides is None else sources
         return Stencil.folded(self.grid, parts, kept, known, "weighted")
 
@@ -313,7 +317,7 @@ class Stencil(Operator):
         if symmetric is not None:
             known = known._replace(symmetric=symmetric)
         if positive_definite:
-            known = Definiteness(symmetric=True, sign="positive")
+            known = Definiteness(symmetric=True, sign="positive", singular=False)
         made = object.__new__(Stencil)
         for name in ("grid", "offsets", "coefficients", "sides", "sources", "form"):
             object.__setattr__(made, name, getattr(self, name))

@@ -74,5 +74,5 @@ def _plain(operator: Stencil, factors: list[np.ndarray]) -> Stencil:
                 factor = factor * shift_piece(weight, offset, periodic)
             found = tuple(part * factor for part in found)
         terms[offset] = found
-    known = Definiteness(None, None, operator.singular)
+    known = Definiteness(None, None, operator.definiteness.singular)
     return Stencil.folded(grid, terms, None, known)

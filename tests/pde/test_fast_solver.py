@@ -129,6 +129,25 @@ def test_single_precision():
     assert int(solution.iterations) == 1
 
 
+@pytest.mark.parametrize("kind", ["fast", "multigrid", "none"])
+def test_the_mean_of_a_regular_system_in_single_precision(kind):
+    """It is what the identity makes of it, beside differences of half a million."""
+    grid = pde.Grid(512, boundary=pde.Periodic(), dtype="float32")
+    step = pde.identity(grid) - pde.laplacian(grid)
+    wave = jnp.sin(2 * jnp.pi * grid.coordinates()[0])
+    b = jnp.asarray(1.0 + wave, "float32")
+    solver = {
+        "fast": bl.Richardson(1.0, preconditioner=pde.FastSolver()),
+        "multigrid": bl.ConjugateGradient(preconditioner=pde.Multigrid()),
+        "none": bl.ConjugateGradient(),
+    }[kind]
+    budget = bl.Budget(iterations=2 if kind == "fast" else 1000, rtol=1e-2)
+    solution = bl.solve(bl.LinearSystem(step, b), None, 0 * b, solver=solver, budget=budget)
+    assert solution.status != bl.Status.INCONSISTENT
+    expected = 1.0 + wave / (1 + 4 * jnp.pi**2)
+    np.testing.assert_allclose(solution.value, expected, atol=2e-2)
+
+
 def test_traced_coefficients_and_adjoint():
     grid = pde.Grid((6, 7), 1.0, [D, P])
     laplacian = -pde.laplacian(grid)

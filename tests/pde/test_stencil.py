@@ -136,6 +136,42 @@ def test_what_is_said_of_a_matrix_is_true(grid):
     assert traced[0].symmetric == lap.symmetric
 
 
+CLOSED = [
+    pde.Grid((512, 512), boundary=P, dtype="float32"),
+    pde.Grid(300, boundary=N, centering="cell", dtype="float32"),
+    pde.Grid(513, boundary=N, dtype="float32"),
+]
+
+
+@pytest.mark.parametrize("grid", CLOSED, ids=["periodic", "cells", "vertices"])
+def test_a_small_number_beside_large_ones_is_no_rounding(grid):
+    """In u - Δu on a fine grid 1 is near the rounding of the diagonal, 4/h²."""
+    lap = pde.laplacian(grid)
+    step = (pde.identity(grid) - lap).weighted()
+    assert not step.singular
+    assert step.positive_definite is True
+    assert (-lap).weighted().singular
+    assert not pde.helmholtz(grid, 0.1).singular
+    assert (-pde.helmholtz(grid, 0.1)).positive_definite is not True
+    assert not (pde.identity(grid) + pde.Diffusion(grid, 1.0)).singular
+    # Multiplied by what may be zero, it may be.
+    traced = []
+    jax.jit(lambda t: traced.append(-lap + t * pde.identity(grid)))(1.0)
+    assert not traced[0].singular
+    assert traced[0].positive_definite is not True
+
+
+def test_a_small_number_among_given_coefficients():
+    """Nothing is known of these but the numbers."""
+    grid = pde.Grid(300, boundary=P, dtype="float32")
+    scale = 300.0**2
+    terms = {(0,): 1.0 + 2 * scale, (1,): -scale, (-1,): -scale}
+    assert pde.Stencil(grid, terms).positive_definite is True
+    assert not pde.Stencil(grid, terms).singular
+    terms[0,] = 2 * scale
+    assert pde.Stencil(grid, terms).singular
+
+
 def test_large_grids_are_looked_at_without_being_formed():
     """One row of each kind, or this would take gigabytes."""
     grid = pde.Grid((4096, 4096, 4096), boundary=[(D, R), P, N], centering="cell")
