@@ -15,8 +15,8 @@ KEPT = 32
 ROOM = 2**30
 """Bytes of factors that are kept at most, beyond the last two factorisations."""
 
-SINGULAR = 4 * np.finfo(np.float64).eps
-"""A reciprocal condition number below this is that of a singular matrix, to rounding."""
+LEAST = 4 * np.finfo(np.float64).eps
+"""A reciprocal condition number below this is rounding of the factorisation."""
 
 
 class Factorization:
@@ -27,12 +27,14 @@ class Factorization:
     - `matrix`: A, square, float64, in CSC.
     - `definite`: whether it is symmetric positive definite, so that no pivots are looked
         for and the ordering keeps the symmetry.
+    - `rounding`: a relative size to which the entries are known: where a change by so little
+        makes the matrix singular, it is.
 
     Attribute `singular`: whether there are no factors to solve with, for the matrix is
     singular to rounding or has entries that are not finite.
     """
 
-    def __init__(self, matrix: sp.csc_array, *, definite: bool):
+    def __init__(self, matrix: sp.csc_array, *, definite: bool, rounding: float = 0.0):
         self.lu: Any = None
         self.row_scale, self.column_scale = _scales(matrix, definite=definite)
         if not (np.isfinite(self.row_scale).all() and np.isfinite(self.column_scale).all()):
@@ -54,7 +56,7 @@ class Factorization:
             # SuperLU: "Factor is exactly singular".
             return
         norm = float(abs(scaled).sum(axis=0).max())
-        if norm * _inverse_norm(lu) * SINGULAR < 1:
+        if norm * _inverse_norm(lu) * max(LEAST, rounding) < 1:
             self.lu = lu
 
     @property
@@ -121,7 +123,11 @@ class Factors:
                 if candidate in self._known:
                     self._known.move_to_end(candidate)
                     return candidate, transposed, self._known[candidate]
-            found = Factorization(by_column.astype(np.float64), definite=definite)
+            # 1 / κ is the relative distance to the nearest singular matrix, so that one whose
+            # entries were rounded once is no further away than half a unit.
+            rounding = float(np.finfo(matrix.dtype).eps) / 2
+            doubled = by_column.astype(np.float64)
+            found = Factorization(doubled, definite=definite, rounding=rounding)
             self.made += 1
             self._known[key] = found
             while len(self._known) > self.kept or (len(self._known) > 2 and self.size > self.room):
