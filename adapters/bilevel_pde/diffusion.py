@@ -49,7 +49,7 @@ class Diffusion(Operator):
     is.  It is positive definite if k > 0, which is taken for granted of a traced k, and a
     side is Dirichlet or Robin.
 
-    **Raises:** `ValueError` for k of wrong shape or negative.
+    **Raises:** `ValueError` for k of wrong shape, negative or not finite.
 
     >>> import jax.numpy as jnp
     >>> operator = Diffusion(Grid(3, extent=4.0), jnp.array([1.0, 1.0, 3.0]))
@@ -360,7 +360,14 @@ def _definiteness(grid: Grid, given: tuple[Any, ...]) -> Definiteness:
             raise TypeError(msg)
         if isinstance(k, Tracer):
             continue
-        least = float(np.min(np.asarray(k)))
+        with np.errstate(over="ignore"):
+            numbers = np.asarray(k).astype(grid.dtype)
+        finite = np.isfinite(numbers)
+        if not finite.all():
+            bad = numbers[~finite].flat[0]
+            msg = f"Diffusion: the coefficient should be finite, got {bad} somewhere."
+            raise ValueError(msg)
+        least = float(np.min(numbers))
         if not least >= 0:
             msg = f"Diffusion: the coefficient should be positive, got {least} somewhere."
             raise ValueError(msg)

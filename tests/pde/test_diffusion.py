@@ -212,7 +212,9 @@ def test_single_precision():
     [
         ({"coefficient": jnp.ones((3, 4))}, ValueError, r"\(4, 3\), got \(3, 4\)"),
         ({"coefficient": -1.0}, ValueError, "positive"),
-        ({"coefficient": np.full((4, 3), np.nan)}, ValueError, "positive"),
+        ({"coefficient": np.full((4, 3), np.nan)}, ValueError, "finite, got nan"),
+        ({"coefficient": np.inf}, ValueError, "finite, got inf"),
+        ({"coefficient": (1.0, jnp.full((4, 3), jnp.inf))}, ValueError, "finite, got inf"),
         ({"coefficient": (1.0, 1.0, 1.0)}, ValueError, "each of 2"),
         ({"coefficient": jnp.ones((4, 3)), "at": "faces"}, ValueError, r"\(5, 3\)"),
         ({"coefficient": 1.0, "at": "cells"}, ValueError, "'points' or 'faces'"),
