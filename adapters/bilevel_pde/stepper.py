@@ -280,7 +280,7 @@ def as_state(name: str, u: PyTree, like: PyTree, kind: str) -> Any:
             instead = f", or Grid(..., dtype={field.dtype})" if floating else ""
             msg = (
                 f"{name} should be {wanted.dtype} as the grid is, got {field.dtype}. Use "
-                f"{name}.astype({wanted.dtype}){instead}."
+                f".astype({wanted.dtype}){instead}."
             )
             raise TypeError(msg)
         return field

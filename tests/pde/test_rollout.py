@@ -182,6 +182,8 @@ def test_bad_input():
         pde.rollout(HEAT, U, 3, fidelity=bl.Fidelity(bl.Budget(3)), budget=bl.Budget(2))
     with pytest.raises(ValueError, match="correct: its result should have the grid's shape"):
         pde.rollout(HEAT, U, 2, correct=lambda u: u[:3])
+    with pytest.raises(TypeError, match=r"correct: its result .* got float32\. Use \.astype"):
+        pde.rollout(HEAT, U, 2, correct=lambda u: u.astype("float32"))
     for controls, message in (
         ({"forcing": jnp.array([0.0, jnp.inf, 0.0])}, r"controls\['forcing'\] should be finite"),
         ({"dt": jnp.array([0.1, 0.0, 0.1])}, "dt should be positive"),
