@@ -176,9 +176,7 @@ class Operator(eqx.Module):
         >>> pde.laplacian(pde.Grid(9)).check_symmetry()
         """
         name = type(self).__name__
-        if self.shape[0] != self.shape[1]:
-            msg = f"{name} is rectangular, {self.shape}, and cannot be symmetric."
-            raise ValueError(msg)
+        _refuse_rectangular(self)
         allowed = _rounding(self) if tolerance is None else tolerance
         # What claims to be symmetric returns itself for the transpose: transpose anew.
         found = float(_plain_symmetry_defect(self))
@@ -302,10 +300,20 @@ def symmetry_defect(operator: Operator, seed: int = 0) -> Float[Array, ""]:
     **Arguments:**
 
     - `seed`: of the random field.
+
+    **Raises:** `ValueError` for a rectangular A.
     """
+    _refuse_rectangular(operator)
     x = random_like(operator.like, seed)
     image = operator.matvec(x)
     return vector.norm(vector.subtract(image, operator.rmatvec(x))) / _positive(vector.norm(image))
+
+
+def _refuse_rectangular(operator: Operator) -> None:
+    if operator.shape[0] != operator.shape[1]:
+        name = type(operator).__name__
+        msg = f"{name} is rectangular, {operator.shape}, and cannot be symmetric."
+        raise ValueError(msg)
 
 
 class _Swapped(eqx.Module):

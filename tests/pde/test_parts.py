@@ -193,6 +193,8 @@ def test_claims_that_are_wrong_are_found_out():
         wrong.check_symmetry()
     with pytest.raises(ValueError, match="is rectangular"):
         pde.Gradient(WALL).check_symmetry()
+    with pytest.raises(ValueError, match="Gradient is rectangular"):
+        pde.symmetry_defect(pde.Gradient(WALL))
     half = pde.laplacian(pde.Grid(5, boundary=N))
     with pytest.raises(ValueError, match="weighted"):
         half.check_symmetry()
