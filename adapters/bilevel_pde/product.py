@@ -1,7 +1,7 @@
 """Product: one operator after another."""
 
 import itertools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,10 @@ from bilevel_pde.diffusion import Diffusion
 from bilevel_pde.listed_entries import diagonal_like
 from bilevel_pde.materialise import materialise
 from bilevel_pde.operator import Operator
+from bilevel_pde.scaled import Scaled
 from bilevel_pde.shift import shift
 from bilevel_pde.stencil import Stencil
+from bilevel_pde.sum import grid_of
 
 MOST_MATCHED = 2**19
 """Entries of a factor that are matched on the host for a diagonal, each time it is asked for."""
@@ -30,7 +32,8 @@ class Product(Operator):
 
     - `left`: A; `right`: B, whose result A acts on.
 
-    **Raises:** `ValueError` for operators that do not follow one another.
+    **Raises:** `ValueError` for operators that do not follow one another: between fields of
+    different shapes, or on grids with other points.
     """
 
     left: Operator
@@ -43,6 +46,14 @@ class Product(Operator):
             msg = (
                 f"Product: {type(self.left).__name__} acts on fields {expected}, got those of "
                 f"{type(self.right).__name__}, {given}."
+            )
+            raise ValueError(msg)
+        first, last = _factor_at(self.right, "left"), _factor_at(self.left, "right")
+        grid, other = grid_of(first), grid_of(last)
+        if grid is not None and other is not None and not other.coincides(grid):
+            msg = (
+                f"Product: operators should be on the same points, got {type(last).__name__} on "
+                f"{other} after {type(first).__name__} on {grid}."
             )
             raise ValueError(msg)
 
@@ -130,6 +141,13 @@ class Product(Operator):
         rank = np.arange(len(first)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         second = by_row[starts[inner[first]] + rank]
         return rows[first], columns[second], left[first] * right[second]
+
+
+def _factor_at(operator: Operator, end: Literal["left", "right"]) -> Operator:
+    """The first or last factor of products of products, without numbers in front."""
+    while isinstance(operator, Product | Scaled):
+        operator = operator.operator if isinstance(operator, Scaled) else getattr(operator, end)
+    return operator
 
 
 def _stencil_of(operator: Operator) -> Stencil | None:

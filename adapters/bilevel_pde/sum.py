@@ -33,13 +33,13 @@ class Sum(Operator):
         """Refuse terms that do not fit."""
         first = self.terms[0]
         fields = _kinds((first.like, first.range_like))
-        grid = _grid_of(first)
+        grid = grid_of(first)
         for term in self.terms[1:]:
             if _kinds((term.like, term.range_like)) != fields:
                 names = " + ".join(f"{type(t).__name__} on {_described(t)}" for t in (first, term))
                 msg = f"Sum: operators should be between the same fields, got {names}."
                 raise ValueError(msg)
-            other = _grid_of(term)
+            other = grid_of(term)
             grid = grid or other
             if grid is not None and other is not None and not grid.coincides(other):
                 msg = (
@@ -129,10 +129,10 @@ def _described(operator: Operator) -> str:
     return ", ".join(kinds)
 
 
-def _grid_of(operator: Operator) -> Grid | None:
+def grid_of(operator: Operator) -> Grid | None:
     """The grid of an operator from its fields to themselves, where it is on one."""
-    while isinstance(operator, Scaled):
-        operator = operator.operator
+    while isinstance(operator, Scaled | Sum):
+        operator = operator.operator if isinstance(operator, Scaled) else operator.terms[0]
     grid = getattr(operator, "grid", None)
     return grid if isinstance(grid, Grid) else None
 

@@ -237,6 +237,18 @@ def test_sums_of_operators_on_different_fields(other, match):
     np.testing.assert_array_equal((cells[0] + cells[1]) @ jnp.ones(4), 2 * np.ones(4))
 
 
+def test_products_of_operators_on_different_points():
+    cells = pde.identity(pde.Grid(4, centering="cell"))
+    with pytest.raises(ValueError, match=r"Product: .* same points.*'vertex'.*'cell'"):
+        LAPLACE @ cells
+    with pytest.raises(ValueError, match="same points"):
+        (LAPLACE @ LAPLACE) @ (2.0 * (cells @ cells))
+    with pytest.raises(ValueError, match="same points"):
+        LAPLACE @ pde.identity(pde.Grid(4, extent=2.0))
+    held = pde.identity(pde.Grid(4, boundary=N, centering="cell"))
+    np.testing.assert_array_equal((cells @ held) @ jnp.ones(4), np.ones(4))
+
+
 def test_noise_on_grids_that_are_too_small():
     with pytest.raises(ValueError, match=r"smoothed_noise: grid .* at least 3 points"):
         pde.smoothed_noise(jax.random.key(0), pde.Grid((2, 5)))
