@@ -39,6 +39,7 @@ class AssembledMatrix(Operator):
     reason: str = eqx.field(static=True)
     is_symmetric: bool | None = eqx.field(static=True)
     is_positive_definite: bool | None = eqx.field(static=True)
+    is_singular: bool = eqx.field(static=True)
 
     @property
     @abc.abstractmethod
@@ -68,6 +69,11 @@ class AssembledMatrix(Operator):
     def positive_definite(self) -> bool | None:
         """Whether A was declared to be symmetric positive definite."""
         return self.is_positive_definite
+
+    @property
+    def singular(self) -> bool:
+        """Whether rows add up to zero: looked at by `from_scipy`, unknown after `with_values`."""
+        return self.is_singular
 
     @property
     def values(self) -> Float[Array, " count"]:
@@ -129,6 +135,7 @@ class AssembledMatrix(Operator):
             stored=stored,
             is_symmetric=declared,
             is_positive_definite=positive_definite,
+            is_singular=False,
         )
 
     def entries(self) -> tuple[Int[Array, " size"], Int[Array, " size"], Float[Array, " size"]]:
@@ -142,7 +149,13 @@ class AssembledMatrix(Operator):
             super().triangle(part, diagonal=diagonal)
         rows, columns, stored = self.entries()
         kept = jnp.where(keeps(part, rows, columns, diagonal=diagonal), stored, 0)
-        return dataclasses.replace(self, stored=kept, is_symmetric=None, is_positive_definite=None)
+        return dataclasses.replace(
+            self,
+            stored=kept,
+            is_symmetric=None,
+            is_positive_definite=None,
+            is_singular=False,
+        )
 
     def to_scipy(self) -> sp.csr_array:
         """The matrix as it was given, in CSR, explicit zeros included."""

@@ -177,6 +177,7 @@ def _transposed(operator: Diagonals) -> Diagonals:
         reason=operator.reason,
         is_symmetric=operator.is_symmetric,
         is_positive_definite=operator.is_positive_definite,
+        is_singular=bool(operator.is_symmetric and operator.is_singular),
         places=ranks.reshape(columns, -1).T.ravel().astype(jnp.int32),
         offsets=tuple(-offset for offset in reversed(operator.offsets)),
     )

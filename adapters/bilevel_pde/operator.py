@@ -36,6 +36,7 @@ class Operator(eqx.Module):
     - `norm_bound()`: of ‖A‖₂.
     - `check_transpose()`, `check_symmetry()`: whether Aᵀ and what is claimed are right.
     - `symmetric`, `positive_definite`: what is known; `None` for unknown.
+    - `singular`: whether A is known to map constants to zero; `False` for unknown, too.
     - `kernel()`: a field that a symmetric A maps to zero; `None` for unknown or not singular.
 
     Operators add, subtract, negate, scale by numbers (`2 * A`, `A / h`), and compose:
@@ -77,7 +78,7 @@ class Operator(eqx.Module):
 
     def kernel(self) -> PyTree | None:
         """A field that A maps to zero, where one is known: constants, for closed boundaries."""
-        if getattr(self, "singular", False) is not True:
+        if not self.singular:
             return None
         return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), self.like)
 
@@ -196,6 +197,11 @@ class Operator(eqx.Module):
     def positive_definite(self) -> bool | None:
         """Whether A is symmetric positive definite; `None` for unknown."""
         return None
+
+    @property
+    def singular(self) -> bool:
+        """Whether constant fields are known to be in the kernel."""
+        return False
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -163,6 +163,7 @@ class PaddedColumns(AssembledMatrix):
             reason=self.reason,
             is_symmetric=self.is_symmetric,
             is_positive_definite=self.is_positive_definite,
+            is_singular=bool(self.is_symmetric and self.is_singular),
             layout=self.layout if self.other_layout is None else self.other_layout,
             other_layout=None if shared else self.layout,
             through=self.through if self.back is None else self.back,

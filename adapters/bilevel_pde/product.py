@@ -110,6 +110,11 @@ class Product(Operator):
         ]
         return diagonal_like(self.like, places // max(width, 1), factors[0] * factors[1])
 
+    @property
+    def singular(self) -> bool:
+        """Whether B is known to map constants to zero."""
+        return self.right.singular
+
     def norm_bound(self) -> Float[Array, ""]:
         """The product of the factors' bounds."""
         return self.left.norm_bound() * self.right.norm_bound()

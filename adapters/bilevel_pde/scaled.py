@@ -93,3 +93,8 @@ class Scaled(Operator):
             return known
         # Of the negative of a matrix that is not definite nothing is known.
         return False if factor == 0 or known else None
+
+    @property
+    def singular(self) -> bool:
+        """As of A."""
+        return self.operator.singular

@@ -42,7 +42,8 @@ def from_scipy(
         (`jax_enable_x64`) float64 becomes float32, as everywhere in JAX.
     - `format`: "diagonals", "padded_columns" or "segment_sum"; `None` chooses.
     - `positive_definite`: whether the matrix is symmetric positive definite, if that is
-        known. Symmetry is looked at.
+        known. Symmetry is looked at, and whether rows add up to zero, as those of a closed
+        problem do.
 
     **Returns:** an operator on vectors (n,) or (n, k), an [`AssembledMatrix`][].
 
@@ -71,9 +72,14 @@ def from_scipy(
                 "positive."
             )
             raise ValueError(msg)
+    singular = structure.is_singular(csr)
     csr = csr.astype(jax.dtypes.canonicalize_dtype(csr.dtype))
     chosen = structure.choose(csr, format)
-    known = {"is_symmetric": symmetric, "is_positive_definite": positive_definite}
+    known = {
+        "is_symmetric": symmetric,
+        "is_positive_definite": positive_definite,
+        "is_singular": singular and not positive_definite,
+    }
     return KINDS[chosen.format].of(csr, chosen, known)
 
 

@@ -91,6 +91,7 @@ class SegmentSum(AssembledMatrix):
             reason=self.reason,
             is_symmetric=self.is_symmetric,
             is_positive_definite=self.is_positive_definite,
+            is_singular=bool(self.is_symmetric and self.is_singular),
             rows=reordered(self.columns),
             columns=reordered(self.rows),
             by_column=self.by_row,

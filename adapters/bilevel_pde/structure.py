@@ -122,6 +122,20 @@ def is_symmetric(csr: sp.csr_array) -> bool:
     return bool(np.all(np.abs(difference.data) <= allowed))
 
 
+def is_singular(csr: sp.csr_array) -> bool:
+    """Whether rows add up to zero to rounding, so that constants are in the kernel.
+
+    Within 8 units of rounding of the entries in each row, and 2 of all entries in the sum of
+    all rows. Errors of rounding partly cancel there, and a small multiple of the identity adds
+    up: that of u - dt Δu on a fine grid is not far above rounding in each row.
+    """
+    rounding = np.finfo(csr.dtype).eps
+    exact = csr.astype(np.float64)
+    sums, sizes = exact.sum(axis=1), abs(exact).sum(axis=1)
+    within = np.abs(sums) <= 8 * rounding * sizes
+    return bool(sizes.size and within.all() and abs(sums.sum()) <= 2 * rounding * sizes.sum())
+
+
 def choose(csr: sp.csr_array, format: Format | None = None) -> Structure:  # noqa: A002
     """Look at a canonical matrix and choose its format.
 

@@ -119,6 +119,11 @@ class Sum(Operator):
             return False
         return True if all(term.positive_definite for term in self.terms) else None
 
+    @property
+    def singular(self) -> bool:
+        """Whether every term is known to map constants to zero."""
+        return all(term.singular for term in self.terms)
+
 
 def _kinds(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: (tuple(leaf.shape), str(leaf.dtype)), tree)

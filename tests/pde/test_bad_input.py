@@ -269,6 +269,11 @@ def test_a_closed_problem_without_solution_says_why_forward_and_backward():
     assert int(result.primal.status) == bl.Status.CONVERGED
     assert int(result.adjoint.status) == bl.Status.INCONSISTENT
     assert np.all(np.isnan(result.gradient))
-    closed = bl.LinearSystem(pde.Diffusion(grid, 1.0), weights)
-    solution = bl.solve(closed, None, jnp.zeros(grid.shape), solver=bl.MINRES())
-    assert int(solution.status) == bl.Status.INCONSISTENT
+    fluxes = pde.Diffusion(grid, 1.0)
+    for operator, b in (
+        (fluxes, weights),
+        (pde.from_scipy(fluxes.to_scipy()), weights.reshape(-1)),
+    ):
+        closed = bl.LinearSystem(operator, b)
+        solution = bl.solve(closed, None, jnp.zeros(b.shape), solver=bl.MINRES())
+        assert int(solution.status) == bl.Status.INCONSISTENT

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 from hypothesis import given, settings
+from scipy.spatial import Delaunay
 
 import bilevel as bl
 import bilevel_pde as pde
@@ -292,11 +293,46 @@ def test_symmetry_is_looked_at_to_rounding():
     assert pde.from_scipy(random_matrix(3, 4)).symmetric is False
 
 
+def closed_mesh(dtype=float):
+    """Linear elements on a random mesh without conditions on its sides."""
+    points = np.random.default_rng(0).random((40, 2))
+    triangles = Delaunay(points).simplices
+    sides = points[triangles] - points[np.roll(triangles, 1, axis=1)]
+    areas = np.abs(np.linalg.det(sides[:, :2])) / 2
+    local = np.einsum("eid,ejd,e->eij", sides, sides, 1 / (4 * areas))
+    corners = np.roll(triangles, -1, axis=1)
+    rows, columns = np.broadcast_arrays(corners[:, :, None], corners[:, None])
+    places = rows.ravel(), columns.ravel()
+    return sp.csr_array(sp.coo_array((local.ravel(), places))).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_closed_problems_are_seen(dtype):
+    matrix = closed_mesh(dtype)
+    assert pde.from_scipy(matrix).singular
+    assert pde.from_scipy(matrix).T.singular
+    assert not pde.from_scipy(matrix + 1e-4 * sp.eye_array(40, dtype=dtype)).singular
+    assert not pde.from_scipy(matrix[:, :-1]).singular
+    # The transpose of one that is not symmetric has another kernel.
+    rotating = pde.from_scipy(sp.csr_array([[1.0, -1.0], [-2.0, 2.0]]))
+    assert rotating.singular
+    assert not rotating.T.singular
+    assert not pde.from_scipy(sp.csr_array((0, 0))).singular
+    # A small number beside large ones, on a grid as in test_stencil.py.
+    grid = pde.Grid(300, boundary=pde.Neumann(), centering="cell", dtype="float32")
+    lap = pde.laplacian(grid)
+    assert pde.from_scipy(lap.to_scipy()).singular
+    assert not pde.from_scipy((pde.identity(grid) - lap).to_scipy()).singular
+
+
 def test_what_was_known_is_forgotten_with_the_values():
     operator = pde.from_scipy(sp.eye_array(4) * 2.0, positive_definite=True)
     assert operator.positive_definite is True
     changed = operator.with_values(jnp.ones(4))
     assert (changed.symmetric, changed.positive_definite) == (None, None)
+    closed = pde.from_scipy(sp.csr_array([[1.0, -1.0], [-1.0, 1.0]]))
+    assert not closed.with_values(jnp.ones(4)).singular
+    assert not closed.lower().singular
     declared = operator.with_values(jnp.ones(4), positive_definite=True)
     assert (declared.symmetric, declared.positive_definite) == (True, True)
     with pytest.raises(ValueError, match="not symmetric"):

@@ -240,6 +240,18 @@ def test_definiteness_of_multiples_and_sums():
     assert claims == [(True, None), (True, None), (False, False)]
 
 
+def test_constants_in_the_kernel_of_multiples_sums_and_products():
+    grid = pde.Grid(5, boundary=N, centering="cell")
+    lap, one = pde.laplacian(grid), pde.identity(grid)
+    matrix = pde.from_scipy(lap.to_scipy())
+    for operator in (matrix, -2.0 * matrix, lap @ lap, one @ lap, lap @ lap + lap):
+        assert operator.singular
+        np.testing.assert_array_equal(operator.kernel(), np.ones(5))
+    for operator in (lap @ one, lap @ lap + one, pde.Mean(grid), lap + pde.Mean(grid)):
+        assert not operator.singular
+        assert operator.kernel() is None
+
+
 @pytest.mark.parametrize(
     "name",
     few(lambda name: name in {"diffusion", "Stokes"}, ["diffusion", "sum", "product", "Stokes"]),
