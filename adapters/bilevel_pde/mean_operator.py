@@ -5,11 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
+from bilevel.solver.base import IncompatibleError
 from bilevel_pde import folding
 from bilevel_pde.grid import Grid
 from bilevel_pde.operator import Operator
+from bilevel_pde.triangle import Part
 
 LARGEST = 64**2
 """The most points whose matrix, which is full, is written out."""
@@ -72,6 +74,21 @@ class Mean(Operator):
     def diagonal(self) -> Array:
         """One over the number of points."""
         return jnp.full(self.grid.shape, 1.0 / self.grid.size, self.grid.dtype)
+
+    def triangle(self, part: Part, *, diagonal: bool) -> Operator:
+        """Not of a full matrix.
+
+        **Raises:** `IncompatibleError`.
+        """
+        del diagonal
+        msg = (
+            f"Mean is full and has no sparse {part} triangle. Of A + pde.Mean(grid) take that of A."
+        )
+        raise IncompatibleError(msg)
+
+    def norm_bound(self) -> Float[Array, ""]:
+        """The norm itself, that of a projection."""
+        return jnp.ones((), self.grid.dtype)
 
     def to_scipy(self) -> sp.csr_array:
         """The matrix, which is full.

@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 import bilevel as bl
 import bilevel_pde as pde
+from bilevel.solver.base import IncompatibleError
 from tests.pde.cases import few
 from tests.pde.manufactured import D, N, P, R
 
@@ -250,6 +251,14 @@ def test_constants_in_the_kernel_of_multiples_sums_and_products():
     for operator in (lap @ one, lap @ lap + one, pde.Mean(grid), lap + pde.Mean(grid)):
         assert not operator.singular
         assert operator.kernel() is None
+
+
+def test_the_mean_has_no_triangle():
+    grid = pde.Grid(5, boundary=N, centering="cell")
+    shifted = -pde.laplacian(grid) + 2.0 * pde.Mean(grid)
+    with pytest.raises(IncompatibleError, match=r"Mean is full and has no sparse lower triangle"):
+        shifted.lower()
+    assert float(shifted.norm_bound()) >= np.linalg.norm(shifted.to_scipy().toarray(), 2)
 
 
 @pytest.mark.parametrize(
