@@ -39,8 +39,9 @@ class SparseDirect(Direct):
 
     The factorisation is in double precision whichever the operator's dtype.  A matrix that
     is singular to rounding (reciprocal condition number below 9e-16, of float32 entries below
-    6e-8, after scaling rows and columns) gives NaN and the status `NONFINITE`, for every
-    right-hand side.
+    6e-8, after scaling rows and columns) gives NaN for every right-hand side, and the
+    status `NONFINITE`, or `INCONSISTENT` where constants are known to be in the kernel and the
+    right-hand side has a mean.
 
     Works under jit, grad and vmap (one sample after another).  On an accelerator each solve
     copies entries and right-hand side to the host and the solution back.
