@@ -29,7 +29,8 @@ class OneStep(Estimator):
     Newton's.  Krylov methods, line searches, Anderson's acceleration and optax make of the
     residual how far they go, and at the solution that is noise: they are refused with
     `IncompatibleError`.  The gradient is NaN where the budget allows no step and the start is
-    no solution.
+    no solution.  First derivatives only: a second one takes the iterate as constant, too, and is
+    far from that of the solution even after Newton's method; use [`Implicit`][] there.
 
     >>> import jax, bilevel as bl
     >>> problem = bl.RootFinding(lambda x, theta: x * x - theta)
