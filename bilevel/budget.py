@@ -91,16 +91,12 @@ def _count(name: str, value: Array | int) -> Array | int:
         if _concrete(value) and int(value) < 0:
             raise ValueError(_negative(name, value))
         return value
+    if isinstance(value, bool):
+        raise TypeError(_not_whole(name, value))
     try:
         count = operator.index(value)
     except TypeError:
-        small = isinstance(value, float) and 0 < value < 1
-        advice = f"For a tolerance write Budget(rtol={value!r})" if small else "Use int(...)"
-        msg = (
-            f"Budget: {name} must be a whole number or an integer array, got {value!r} "
-            f"of type {type(value).__name__}. {advice}."
-        )
-        raise TypeError(msg) from None
+        raise TypeError(_not_whole(name, value)) from None
     if count < 0:
         raise ValueError(_negative(name, count))
     return min(count, UNLIMITED)
@@ -121,6 +117,15 @@ def _tolerance(name: str, value: Array | float) -> Array | float:
     if not float(value) >= 0.0 or float(value) == float("inf"):
         raise ValueError(_negative(name, value))
     return value if isinstance(value, jax.Array) else float(value)
+
+
+def _not_whole(name: str, value: object) -> str:
+    small = isinstance(value, float) and 0 < value < 1
+    advice = f"For a tolerance write Budget(rtol={value!r})" if small else "Use int(...)"
+    return (
+        f"Budget: {name} must be a whole number or an integer array, got {value!r} "
+        f"of type {type(value).__name__}. {advice}."
+    )
 
 
 def _negative(name: str, value: object) -> str:

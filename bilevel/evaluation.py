@@ -199,7 +199,7 @@ def _evaluate(
 
     if estimator.forward_only:
         value, primal, gradient = _forward_gradient(outer, moving)
-        adjoint, detail = no_adjoint(x0, jnp.int32(0)), None
+        adjoint, detail = no_adjoint(x0, jnp.int32(0), idle=primal.iterations == 0), None
     else:
         record = Record(detail=AdjointProbe.zeros(x0))
         (value, primal), (gradient, report) = jax.value_and_grad(

@@ -173,6 +173,12 @@ def arrange(
     estimator.check_budget(budget)
     x0 = as_vector("x0", x0)
     if adjoint_guess is not None:
+        if not estimator.solves_adjoint:
+            msg = (
+                f"adjoint_guess: {type(estimator).__name__} solves no adjoint that could start "
+                "there. Leave adjoint_guess out, or use Implicit."
+            )
+            raise TypeError(msg)
         adjoint_guess = as_vector("adjoint_guess", adjoint_guess)
         _require_like("adjoint_guess", adjoint_guess, x0)
     setting = Setting(

@@ -242,7 +242,10 @@ class LinearSystem(InnerProblem):
         if symmetric is None and _is_concrete_matrix(operator):
             matrix: Any = operator
             rounding = 100 * vector.epsilon(jnp.asarray(matrix) * 1.0)
-            symmetric = bool((abs(matrix - matrix.conj().T) <= rounding * abs(matrix).max()).all())
+            largest = abs(matrix).max()
+            # Of a matrix that is not finite nothing can be seen: the status will tell.
+            if bool(jnp.isfinite(largest)):
+                symmetric = bool((abs(matrix - matrix.conj().T) <= rounding * largest).all())
         self.symmetric = symmetric
         self.positive_definite = positive_definite
 

@@ -73,7 +73,8 @@ class Status(enum.IntEnum):
         8,
         (
             "The adjoint was given no iterations, so the hypergradient is unknown. Give the "
-            "adjoint_budget at least one iteration."
+            "adjoint_budget at least one iteration; or the budget, where the estimator "
+            "differentiates the iteration itself."
         ),
     )
     LINE_SEARCH = (

@@ -37,13 +37,18 @@ def in_one_line(error: BaseException, file: Path) -> str:
         file, line = Path(error.filename or file), error.lineno
         what = error.msg
     else:
-        what = str(error) or "no message"
+        what = next(iter(str(error).strip().splitlines()), "no message")
         trace = _from_file(error.__traceback__, file.resolve())
         while trace is not None:
             line = trace.tb_lineno
             trace = _from_file(trace.tb_next, file.resolve())
     place = f"{file}" if line is None else f"{file}, line {line}"
     return f"{place}: {type(error).__name__}: {what}"
+
+
+def say_in_one_line(error: BaseException, file: Path) -> None:
+    """Print an error of the user's file, and how to see more of it."""
+    say(f"{in_one_line(error, file)} (--traceback shows where it came up)")
 
 
 def show_traceback(error: BaseException, file: Path, *, whole: bool = False) -> None:
@@ -54,7 +59,7 @@ def show_traceback(error: BaseException, file: Path, *, whole: bool = False) -> 
     """
     trace = error.__traceback__ if whole else _from_file(error.__traceback__, file.resolve())
     if trace is None:
-        say(f"{in_one_line(error, file)} (--traceback shows where it came up)")
+        say_in_one_line(error, file)
         return
     lines = traceback.format_exception(type(error), error, trace)
     sys.stderr.write("".join(lines))

@@ -15,7 +15,13 @@ from typing import Any
 
 import pydantic
 
-from bilevel.cli.failure import TaskError, UsageError, in_one_line, show_traceback
+from bilevel.cli.failure import (
+    TaskError,
+    UsageError,
+    in_one_line,
+    say_in_one_line,
+    show_traceback,
+)
 from bilevel.outer.archive import ResumeError
 from bilevel.outer.optimize import NonFiniteError
 from bilevel.outer.suggestion import did_you_mean
@@ -35,7 +41,7 @@ class TaskFile:
 
     **Raises:** `UsageError` for a missing file, one that is no Python or imports what is
     not there, a file without the task, or an argument that the function does not take;
-    `TaskError` if the file raises anything else, after showing the traceback.
+    `TaskError` if the file raises anything else, after showing it.
     """
 
     def __init__(
@@ -93,15 +99,24 @@ class TaskFile:
             if self._traceback:
                 raise
             raise UsageError(in_one_line(error, self.file)) from error
+        except (Exception, SystemExit) as error:
+            # Mere lines of a file, not yet a task of it: the line says which.
+            if self._traceback:
+                raise
+            say_in_one_line(error, self.file)
+            raise TaskError from error
 
 
 def _split(target: str) -> tuple[Path, str | None]:
     name: str | None = None
-    if not Path(target).exists() and ":" in target:
+    if ":" in target and not Path(target).exists():
         target, _, name = target.rpartition(":")
         if not name.isidentifier():
             msg = f"{name!r} is no name of a task; write FILE.py:NAME."
             raise UsageError(msg)
+    if not target:
+        msg = "the task is empty; write FILE.py or FILE.py:NAME."
+        raise UsageError(msg)
     path = Path(target)
     if path.is_dir():
         msg = f"{path} is a directory; name a Python file in it."

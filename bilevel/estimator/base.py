@@ -130,12 +130,17 @@ class Record(eqx.Module):
         return Record(counts, detail)
 
 
-def no_adjoint(value: PyTree, applications: Array) -> Solution:
-    """The adjoint `Solution` of an estimator that solves none."""
+def no_adjoint(value: PyTree, applications: Array, *, idle: Array) -> Solution:
+    """The adjoint `Solution` of an estimator that solves none.
+
+    **Arguments:**
+
+    - `idle`: whether there was no step that a derivative could be taken of.
+    """
     norm = jnp.zeros((), vector.real_dtype(value))
     return Solution(
         value=vector.zeros_like(value),
-        status=jnp.int32(Status.NOT_RUN),
+        status=jnp.where(idle, jnp.int32(Status.NOT_STARTED), jnp.int32(Status.NOT_RUN)),
         residual_norm=norm,
         iterations=jnp.int32(0),
         inner_iterations=jnp.int32(0),

@@ -32,7 +32,9 @@ class Implicit(Estimator):
     order and mode of differentiation works.
 
     The gradient is exact for an exact primal and adjoint; `bl.hypergradient` estimates
-    what stopping each of them early cost.  If either fails, the gradient is NaN.
+    what stopping each of them early cost.  If either fails, the gradient is NaN.  The formula
+    holds at whichever iterate the primal ends with: without any primal iterations it is
+    evaluated at the start, and the status `BUDGET` is all that says so.
 
     **Arguments:**
 
@@ -215,6 +217,10 @@ def _linear_solve(
 
     def matvec(augmented: Any) -> Any:
         v, record = augmented
+        # In a second derivative what is reported moves with the operator, as zero, for the value
+        # does: a linear solve can be transposed only if its whole right-hand side is linear.
+        for leaf in jax.tree.leaves(record):
+            v = jax.tree.map(lambda t, leaf=leaf: t + _depending(leaf, t), v)
         return operator.matvec(v), record
 
     def forward(_: Any, augmented: Any) -> Any:

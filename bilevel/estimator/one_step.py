@@ -5,13 +5,14 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from bilevel import vector
 from bilevel.closed import stopped
 from bilevel.estimator.base import Estimator, Record, Setting, no_adjoint
 from bilevel.perturbation import with_derivative_of
 from bilevel.solution import Solution
+from bilevel.solver.base import IncompatibleError, InnerSolver
 from bilevel.solver.iteration import begin
 from bilevel.solver.loop import run
 from bilevel.status import Status
@@ -23,6 +24,13 @@ class OneStep(Estimator):
     Bolte, Pauwels and Vaiter 2023.  It costs a single step and needs no adjoint; its error
     is of the order of the step's contraction factor, so it is good for Newton's method
     and multigrid, and poor for plain gradient descent: the error estimate says which.
+
+    It means something only where the step is the same map at every residual, a contraction or
+    Newton's.  Krylov methods, line searches, Anderson's acceleration and optax make of the
+    residual how far they go, and at the solution that is noise: they are refused with
+    `IncompatibleError`.  The gradient is NaN where the budget allows no step and the start is
+    no solution.  First derivatives only: a second one takes the iterate as constant, too, and is
+    far from that of the solution even after Newton's method; use [`Implicit`][] there.
 
     >>> import jax, bilevel as bl
     >>> problem = bl.RootFinding(lambda x, theta: x * x - theta)
@@ -37,6 +45,7 @@ class OneStep(Estimator):
     def solve(self, setting: Setting, record: Record) -> Solution:
         """The inner solve with the derivative of its last step."""
         solver, problem = setting.solver, setting.problem
+        _require_same_map(solver)
 
         def primal(theta: Any, x0: Any) -> Solution:
             bound = problem.at(theta)
@@ -50,9 +59,28 @@ class OneStep(Estimator):
         bound = solver.prepare(problem.at(setting.theta), start)
         iteration, state, residual = begin(bound, solver, start)
         moved = solver.value(iteration.update(state, residual))
-        trust = jnp.where(solution.status >= Status.DIVERGED, jnp.nan, 1.0)
+        failed = (solution.status >= Status.DIVERGED) | _idle(solution)
+        trust = jnp.where(failed, jnp.nan, 1.0)
         value = with_derivative_of(solution.value, moved, trust)
         return eqx.tree_at(lambda s: s.value, solution, value)
+
+
+def _require_same_map(solver: InnerSolver) -> None:
+    if not (solver.recursive or solver.divides_by_residual or solver.adaptive):
+        return
+    name = type(solver).__name__
+    msg = (
+        f"OneStep differentiates one step made afresh at the solution, and how far {name} steps "
+        "depends on the residual, which is noise there. Use Implicit, or a solver whose step is "
+        "the same map everywhere: Newton, Direct, GradientDescent, FixedPointIteration, "
+        "Richardson."
+    )
+    raise IncompatibleError(msg)
+
+
+def _idle(solution: Solution) -> Array:
+    """Whether the budget allowed no step, and the start is no solution."""
+    return (solution.iterations == 0) & (solution.status != Status.CONVERGED)
 
 
 def _reporting(solution: Solution, record: Record) -> PyTree:
@@ -74,7 +102,7 @@ def _reporting(solution: Solution, record: Record) -> PyTree:
 
     def backward(_: Any, augmented: Any) -> Any:
         cotangent, _ = augmented
-        adjoint = no_adjoint(cotangent, jnp.int32(1))
+        adjoint = no_adjoint(cotangent, jnp.int32(1), idle=_idle(solution))
         return cotangent, record.filled(solution, adjoint, adjoint.value)
 
     # A linear map by name only: its transpose is what brings the report out.

@@ -67,9 +67,10 @@ class Unrolled(Estimator):
     - `mode`: "reverse", or "forward", which needs no memory at all and pays where θ has
         few entries; forward mode cannot be used under `jax.grad`.
 
-    One step is made however good the start is, for none would have a derivative of zero; the
-    fewer there are, the farther the derivative is from that of the solution, which the error
-    estimate tells.  It refers to the exact hypergradient, like that of every estimator.
+    One step is made however good the start is, for none would have a derivative of zero; where
+    the budget allows none, the gradient is NaN.  The fewer there are, the farther the derivative
+    is from that of the solution, which the error estimate tells.  It refers to the exact
+    hypergradient, like that of every estimator.
 
     >>> import jax, bilevel as bl
     >>> problem = bl.Minimization(lambda x, theta: 0.5 * (x - theta) ** 2)
@@ -98,6 +99,13 @@ class Unrolled(Estimator):
         whole("Unrolled", "max_iterations", self.max_iterations)
         if self.last is not None:
             whole("Unrolled", "last", self.last)
+            if self.last > self.max_iterations:
+                msg = (
+                    f"Unrolled: last={self.last} asks for more steps than there is room for, "
+                    f"max_iterations={self.max_iterations}. Use Unrolled(last={self.last}, "
+                    f"max_iterations={self.last}) or more."
+                )
+                raise ValueError(msg)
             if self.store != "checkpoints":
                 msg = "Unrolled: last= keeps checkpoints only; leave out store='all'."
                 raise ValueError(msg)
@@ -149,7 +157,9 @@ class Unrolled(Estimator):
             differentiable = _reverse(self, history)
             final, solution = differentiable(closed, state, residual, budget, record)
         solution, value = stopped(solution), solver.value(final)
-        trust = jnp.where(solution.status >= Status.DIVERGED, jnp.nan, 1.0)
+        # The derivative of no step at all is a zero that the solution's is not.
+        failed = (solution.status >= Status.DIVERGED) | (solution.iterations == 0)
+        trust = jnp.where(failed, jnp.nan, 1.0)
         if solver.divides_by_residual:
             # There its steps are 0 / 0: a zero derivative would be made up.
             trust = jnp.where(vector.norm(stopped(residual)) > 0, trust, jnp.nan)
@@ -213,13 +223,16 @@ def _reverse(options: Unrolled, history: int) -> Any:
             of_state, of_residual, of_arrays = _pull_back(
                 options, plan, linearization, first, store, count, stop, cotangent
             )
+            # Without a step no cotangent comes this far, and zeros would look like a derivative.
+            poison = jnp.where(count > 0, 1.0, jnp.nan)
+            of_arrays = vector.scale(poison, of_arrays)
             whole_way = stop == 0
             none = jax.tree.map(jnp.zeros_like, (of_state, of_residual))
             of_state, of_residual = vector.where(whole_way, (of_state, of_residual), none)
             share = (count - stop) / jnp.maximum(count, 1)
             applied = jnp.round(solution.applications * share).astype(jnp.int32)
             none = vector.zeros_like(solution.value)
-            record = record.filled(solution, no_adjoint(none, applied), none)
+            record = record.filled(solution, no_adjoint(none, applied, idle=count == 0), none)
             of_arrays, of_state, of_residual = forward_only(
                 (of_arrays, of_state, of_residual), _NO_SECOND_REVERSE
             )

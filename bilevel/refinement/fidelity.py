@@ -53,7 +53,7 @@ class Fidelity(eqx.Module):
     64
     """
 
-    budget: Budget
+    budget: Budget = eqx.field(default=None)  # required: `None` is refused by a message
     adjoint_budget: Budget | None = None
     level: Int[Array, ""] | int | None = None
     probe: Probe | None = None

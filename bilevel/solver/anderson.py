@@ -62,6 +62,7 @@ class Anderson(InnerSolver):
     )
     linear_adjoint: ClassVar[bool] = True
     conditioned: ClassVar[bool] = True
+    adaptive: ClassVar[bool] = True
 
     memory: int = eqx.field(static=True, default=5)
     mixing: Float[Array, ""] | float = 1.0

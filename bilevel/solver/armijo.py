@@ -1,6 +1,6 @@
 """Gradient descent with a line search."""
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -63,6 +63,8 @@ class ArmijoGradientDescent(FirstOrderSolver):
     >>> float(solution.value)
     3.0
     """
+
+    adaptive: ClassVar[bool] = True
 
     step_size: Float[Array, ""] | float | None = None
     decrease: Float[Array, ""] | float = 1e-4

@@ -69,6 +69,9 @@ class InnerSolver(eqx.Module):
         `stationary` is that, too.
     - `divides_by_residual`: a step divides by the size of the residual, so that it has no
         derivative where that is exactly zero.
+    - `adaptive`: how far or where a step goes is found from the residual (a line search, a
+        least-squares fit, a normalised gradient), so that a step made afresh at the solution,
+        where the residual is noise, says nothing of the solution.
     - `linear_adjoint`: it can solve the linear systems of an adjoint.
     """
 
@@ -78,6 +81,7 @@ class InnerSolver(eqx.Module):
     stationary: ClassVar[bool] = False
     conditioned: ClassVar[bool] = False
     divides_by_residual: ClassVar[bool] = False
+    adaptive: ClassVar[bool] = False
     linear_adjoint: ClassVar[bool] = False
 
     @abc.abstractmethod

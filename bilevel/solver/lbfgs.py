@@ -1,5 +1,7 @@
 """Limited-memory BFGS."""
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -85,6 +87,8 @@ class LBFGS(FirstOrderSolver):
     >>> [round(float(v), 3) for v in solution.value], int(solution.iterations) < 50
     ([1.0, 1.0], True)
     """
+
+    adaptive: ClassVar[bool] = True
 
     history: int = eqx.field(static=True, default=10)
     decrease: Float[Array, ""] | float = 1e-4

@@ -50,16 +50,21 @@ def first_length(problem: BoundProblem, x: PyTree, residual: PyTree) -> Float[Ar
 
     Exact for a quadratic.  Without positive curvature the step is as long as x, or of
     length 1 where x is zero; with next to none, it is 10⁸ times as long as x at most, from
-    where halving it still comes to an end.  One Hessian-vector product; a constant.
+    where halving it still comes to an end.  At a residual of zero, where no step is long
+    and its derivative is all that matters, an arbitrary direction tells the curvature.  One
+    Hessian-vector product; a constant.
     """
     x, residual = jax.lax.stop_gradient((x, residual))
     norm = vector.norm(residual)
     some = norm > 0
-    unit = vector.scale(jnp.where(some, 1.0 / jnp.where(some, norm, 1.0), 0.0), residual)
+    direction = vector.where(some, residual, vector.arbitrary(x, 1))
+    unit = vector.scale(1.0 / vector.norm(direction), direction)
     _, change = jax.jvp(problem.residual, (x,), (unit,))
     curvature = -vector.dot(unit, change)
+    curvature = jnp.where(some, curvature, jnp.abs(curvature))
     reach = vector.norm(x)
-    longest = jnp.where(reach > 0, LONGEST * reach, jnp.inf) / jnp.where(some, norm, 1.0)
+    limited = some & (reach > 0)
+    longest = jnp.where(limited, LONGEST * reach, jnp.inf) / jnp.where(some, norm, 1.0)
     reach = jnp.where(reach > 0, reach, 1.0)
     curved = curvature > 0
     length = jnp.where(

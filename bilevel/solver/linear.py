@@ -1,6 +1,7 @@
 """Linear systems that come up inside: adjoints, tangents, Newton corrections."""
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
@@ -30,8 +31,8 @@ def solve_linear(
     """Solve a linear system of the derivative as the inner problem it is.
 
     **Returns:** the solution and the residual vector it left. A non-zero right-hand side
-    gets at least one iteration, or the status `NOT_STARTED`: a start at zero must never
-    pass for a zero gradient.
+    gets at least one iteration, or the status `NOT_STARTED`: a start at zero, given or not,
+    must never pass for a zero gradient.
     """
     start = vector.zeros_like(rhs) if guess is None else guess
 
@@ -51,9 +52,10 @@ def solve_linear(
     solver.check(bound)
     bound = solver.prepare(bound, start)
     solution = run(bound, solver, start, budget, minimum=1)
-    if guess is None:
-        idle = (solution.iterations == 0) & (solution.residual_norm > 0)
-        idle = idle & (solution.status < Status.DIVERGED)
-        status = jnp.where(idle, jnp.int32(Status.NOT_STARTED), solution.status)
-        solution = eqx.tree_at(lambda s: s.status, solution, status)
+    idle = (solution.iterations == 0) & (solution.residual_norm > 0)
+    idle = idle & (solution.status < Status.DIVERGED)
+    for leaf in jax.tree.leaves(guess):
+        idle = idle & ~jnp.any(leaf != 0)
+    status = jnp.where(idle, jnp.int32(Status.NOT_STARTED), solution.status)
+    solution = eqx.tree_at(lambda s: s.status, solution, status)
     return solution, bound.residual(solution.value)

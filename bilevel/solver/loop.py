@@ -388,7 +388,8 @@ def _status(
         lost = true_norm > 10.0 * progress.norm + level
         result = jnp.where(lost & ~diverged, code(Status.BREAKDOWN), result)
     # Nothing can be told of the operator from a residual that is all rounding.
-    drowned = (failure == Status.BREAKDOWN) & (true_norm <= level)
+    told = (failure == Status.BREAKDOWN) | (failure == Status.INCONSISTENT)
+    drowned = told & (true_norm <= level)
     failure = jnp.where(drowned, code(Status.ROUNDING), failure)
     result = jnp.where(failure != Status.CONVERGED, failure, result)
     result = jnp.where(true_norm <= limits.tolerance, code(Status.CONVERGED), result)

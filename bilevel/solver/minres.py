@@ -15,6 +15,13 @@ from bilevel.status import Status
 NEGLIGIBLE = 16.0
 """So many units of rounding, relative to the operator's norm, count as zero."""
 
+STATIONARY = 0.25
+"""‖A r‖ of so many square roots of rounding, relative to ‖A‖ ‖r‖, counts as zero.
+
+It falls to a hundredth of one where the residual is a least-squares one, and no further for
+rounding; in a system with a solution it stays above 1/κ.
+"""
+
 
 class MINRESState(eqx.Module):
     """Iterate, recursive residual, and what Lanczos and the QR factorisation go on from.
@@ -54,8 +61,11 @@ class MINRES(InnerSolver):
     the loop goes by is its Euclidean norm all the same, from a recursion of the residual
     vector that is confirmed on the true one.
 
-    An operator that is not symmetric, a singular one with a right-hand side out of its
-    range, or a preconditioner that is not positive definite ends as `BREAKDOWN`.
+    A singular operator with a right-hand side out of its range ends as `INCONSISTENT`, once
+    the residual is as small as it gets and not zero: where A r vanishes next to ‖A‖ ‖r‖ (Choi,
+    Paige and Saunders 2011).  So does one that is singular to the square root of rounding
+    level.  An operator that is not symmetric, or a preconditioner that is not positive definite
+    ends as `BREAKDOWN`.
 
     **Arguments:**
 
@@ -132,7 +142,11 @@ class MINRES(InnerSolver):
         delta = state.cosine * state.delta + state.sine * alpha
         gamma_bar = state.sine * state.delta - state.cosine * alpha
         gamma = _root(gamma_bar**2 + beta**2)
-        singular = gamma <= negligible
+        following_delta = -state.cosine * beta
+        # ‖A r‖ = φ √(γ̄² + δ̄²) for the residual before this step.
+        vanishing = STATIONARY * vector.epsilon(residual) ** 0.5 * scale
+        stationary = _root(gamma_bar**2 + following_delta**2) <= vanishing
+        singular = (gamma <= negligible) | stationary
         inverse = jnp.where(singular, 0.0, 1.0) / jnp.where(singular, 1.0, gamma)
         cosine, sine = gamma_bar * inverse, beta * inverse
         direction = vector.add_scaled(z, -state.epsilon, state.older)
@@ -158,13 +172,17 @@ class MINRES(InnerSolver):
             older=state.newer,
             newer=direction,
             beta=beta,
-            delta=-state.cosine * beta,
+            delta=following_delta,
             epsilon=state.sine * beta,
             cosine=cosine,
             sine=sine,
             phi=phi,
             scale=scale,
-            status=_status(singular | indefinite | one_sided),
+            status=jnp.where(
+                stationary & ~indefinite & ~one_sided,
+                jnp.int32(Status.INCONSISTENT),
+                _status(singular | indefinite | one_sided),
+            ),
         )
 
     def residual(self, problem: BoundProblem, state: MINRESState) -> PyTree:
@@ -173,7 +191,7 @@ class MINRES(InnerSolver):
         return state.residual
 
     def failure(self, state: MINRESState) -> Int[Array, ""]:
-        """`BREAKDOWN` once operator or preconditioner proved to be of the wrong kind."""
+        """`INCONSISTENT` or `BREAKDOWN` once the system proved to be of the wrong kind."""
         return state.status
 
 

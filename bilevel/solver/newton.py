@@ -11,11 +11,13 @@ from bilevel import vector
 from bilevel.bound import BoundProblem
 from bilevel.budget import Budget
 from bilevel.operator import LinearOperator
+from bilevel.solution import Solution
 from bilevel.solver.base import IncompatibleError, InnerSolver
 from bilevel.solver.default_linear import default_linear_solver
 from bilevel.solver.line_search import first_length
-from bilevel.solver.linear import solve_linear
+from bilevel.solver.linear import solve_linear, trusted
 from bilevel.solver.parameter import whole
+from bilevel.status import Status
 
 SUFFICIENT = 1e-4
 """Share of the predicted decrease that a damped step must bring (Armijo's constant)."""
@@ -186,17 +188,21 @@ def linear_correction(
     """
 
     # What is counted travels as floats: whole numbers could not be differentiated along.
-    def solved(operator: LinearOperator, rhs: Any, budget: Budget, guess: Any) -> Any:
-        solution, _ = solve_linear(operator, rhs, solver, budget, guess)
+    def counted(solution: Solution) -> Any:
         counts = Effort(solution.iterations, solution.applications)
-        return solution.value, jax.tree.map(lambda count: count.astype(float), counts)
+        return jax.tree.map(lambda count: count.astype(float), counts)
 
     def forward(_: Any, rhs: Any) -> Any:
-        return solved(operator, rhs, budget, guess)
+        solution, _ = solve_linear(operator, rhs, solver, budget, guess)
+        # Where the solve broke down a part of the correction leads down all the same; a start
+        # that NaN never let go of is none, be it of a correction or of its tangent.
+        poison = jnp.where(solution.status == Status.NONFINITE, jnp.nan, 1.0)
+        return vector.scale(poison, solution.value), counted(solution)
 
     def backward(_: Any, rhs: Any) -> Any:
         back = budget if adjoint_budget is None else adjoint_budget
-        return solved(operator.transposed(rhs), rhs, back, None)
+        solution, _ = solve_linear(operator.transposed(rhs), rhs, solver, back)
+        return trusted(solution), counted(solution)
 
     value, counts = jax.lax.custom_linear_solve(
         operator.matvec, rhs, forward, transpose_solve=backward, has_aux=True

@@ -1,6 +1,6 @@
 """Any optax transformation as an inner solver."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -49,6 +49,9 @@ class Optax(FirstOrderSolver):
     >>> float(solution.value)
     3.0
     """
+
+    # Adam and its kin divide the gradient by its size; which transformation does cannot be seen.
+    adaptive: ClassVar[bool] = True
 
     transformation: optax.GradientTransformation
 

@@ -28,7 +28,7 @@ def symmetry_flaw(problem: BoundProblem, x: PyTree) -> Int[Array, ""]:
     """
     operator = problem.operator
     assert operator is not None
-    u, v = _arbitrary(x, 1), _arbitrary(x, 2)
+    u, v = vector.arbitrary(x, 1), vector.arbitrary(x, 2)
     left, right = operator.matvec(u), operator.matvec(v)
     defect = jnp.abs(vector.dot(left, v) - vector.dot(u, right))
     size = vector.norm(left) * vector.norm(v) + vector.norm(u) * vector.norm(right)
@@ -52,7 +52,7 @@ def adjoint_flaw(problem: BoundProblem, x: PyTree) -> Int[Array, ""] | None:
     if made and not declared:
         return None
     adjoint = operator.adjoint_matvec(x)
-    u, v = _arbitrary(x, 1), _arbitrary(x, 2)
+    u, v = vector.arbitrary(x, 1), vector.arbitrary(x, 2)
     left, right = operator.matvec(u), adjoint(v)
     size = vector.norm(left) * vector.norm(v) + vector.norm(u) * vector.norm(right)
     defect = jnp.abs(vector.dot(left, v) - vector.dot(u, right))
@@ -60,25 +60,3 @@ def adjoint_flaw(problem: BoundProblem, x: PyTree) -> Int[Array, ""] | None:
     flawed: Bool[Array, ""] = defect > vector.epsilon(x) ** 0.5 * size
     flaw = jnp.where(flawed, jnp.int32(Status.NOT_ADJOINT), jnp.int32(Status.CONVERGED))
     return jax.lax.stop_gradient(flaw)
-
-
-def _arbitrary(x: PyTree, seed: int) -> PyTree:
-    """Numbers between -1 and 1 without a pattern, cheaper to compile than random ones."""
-
-    def numbers(leaf: Array, seed: int) -> Array:
-        hashed = jax.lax.iota(jnp.uint32, leaf.size) * jnp.uint32(2654435761)
-        hashed = hashed + jnp.uint32(seed * 0x9E3779B9 & 0xFFFFFFFF)
-        hashed = (hashed ^ (hashed >> 15)) * jnp.uint32(2246822519)
-        hashed = (hashed ^ (hashed >> 13)) * jnp.uint32(3266489917)
-        real = (hashed >> 8).astype(jnp.finfo(leaf.dtype).dtype) / 2.0**23 - 1.0
-        return real.reshape(leaf.shape)
-
-    leaves, treedef = jax.tree.flatten(x)
-    found: list[Array] = []
-    for place, leaf in enumerate(leaves):
-        own = 16 * place + 4 * seed
-        part = numbers(leaf, own)
-        if jnp.iscomplexobj(leaf):
-            part = jax.lax.complex(part, numbers(leaf, own + 1))
-        found.append(part)
-    return jax.tree.unflatten(treedef, found)

@@ -241,6 +241,8 @@ TASKS = SEVERAL + "first = t.Task(1.0, loss)\nsecond = t.Task(1.0, loss)\nnumber
         (["run", "nothing.py"], "there is no file nothing.py."),
         (["run", "problm.py"], "did you mean problem.py?"),
         (["run", "."], "is a directory"),
+        (["run", ""], "the task is empty; write FILE.py or FILE.py:NAME"),
+        (["run", ":task"], "the task is empty; write FILE.py or FILE.py:NAME"),
         (["run", "problem.py:tsak"], "has no 'tsak'; did you mean task?"),
         (["run", "problem.py:1x"], "'1x' is no name of a task"),
         (["run", "problem.py:jnp"], "jnp in problem.py is a module, not a bilevel Task"),
@@ -326,8 +328,6 @@ def test_misuse_is_one_clear_line_and_exit_2(
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ("def f():\n    return 1 / 0\nf()\n", "line 2, in f"),
-        ("raise SystemExit(0)\n", "SystemExit"),
         ("def task():\n    raise KeyError('mine')\n", "KeyError: 'mine'"),
         (TASK.replace("value = jnp.mean", "value = undefined_name"), "in loss"),
     ],
@@ -343,7 +343,28 @@ def test_errors_of_the_file_show_its_traceback_and_exit_1(
     assert out == ""
 
 
-@pytest.mark.parametrize("text", ["x = = 1\n", "import no_such_module\n"])
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("def f():\n    return 1 / 0\nf()\n", "problem.py, line 2: ZeroDivisionError: division by"),
+        ("raise SystemExit(0)\n", "problem.py, line 1: SystemExit: 0 ("),
+        ("x = 1\nraise ValueError('two\\nlines')\n", "problem.py, line 2: ValueError: two ("),
+    ],
+)
+def test_a_file_that_raises_as_it_is_read_is_one_line_and_exit_1(
+    write: Write, invoke: Invoke, text: str, shown: str
+):
+    code, out, err = invoke("run", write(text), "--discard", "--quiet")
+    assert code == 1
+    assert shown in err
+    assert "--traceback shows where" in err
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+@pytest.mark.parametrize(
+    "text", ["x = = 1\n", "import no_such_module\n", "raise ValueError('mine')\n"]
+)
 def test_the_whole_traceback_is_shown_on_request(write: Write, invoke: Invoke, text: str):
     code, _, err = invoke("run", write(text), "--discard", "--traceback")
     assert code == 1

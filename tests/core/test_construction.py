@@ -79,6 +79,8 @@ def test_a_tolerance_for_iterations_is_recognised(value: float):
 def test_a_number_that_is_no_tolerance_is_not_taken_for_one():
     with pytest.raises(TypeError, match=r"got 3.5 of type float\. Use int\(\.\.\.\)\."):
         bl.Budget(3.5)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="got True of type bool"):
+        bl.Budget(iterations=True)
 
 
 @pytest.mark.parametrize(

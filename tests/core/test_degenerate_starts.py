@@ -58,6 +58,20 @@ def test_a_krylov_method_at_the_solution_has_no_derivative_and_says_so(name: str
     np.testing.assert_allclose(nearly.gradient, 0.25, rtol=1e-6)
 
 
+@pytest.mark.parametrize("solver", [bl.LBFGS(), bl.ArmijoGradientDescent()], ids=repr)
+def test_a_line_search_at_the_solution_knows_the_units(solver: Any):
+    """The first step is 1 over the curvature, which a zero gradient gives no direction for."""
+    problem = bl.Minimization(lambda x, theta: jnp.sum(theta[1] * (x - theta[0]) ** 2))
+
+    def value(theta: Any, factor: Any) -> Any:
+        options: dict[str, Any] = {"solver": solver, "estimator": bl.Unrolled()}
+        return jnp.sum(bl.solve(problem, (theta, factor), jnp.ones(2), **options).value)
+
+    factors = jnp.array([1e-4, 1.0, 1e4])
+    got = jax.vmap(jax.grad(value), in_axes=(None, 0))(jnp.ones(2), factors)
+    np.testing.assert_allclose(got, 1.0, rtol=1e-12)
+
+
 def test_zeros_differentiate():
     problem = bl.FixedPoint(lambda x, theta: 0.5 * x + theta)
     solver = bl.FixedPointIteration()

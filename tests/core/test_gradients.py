@@ -531,6 +531,22 @@ def test_hypergradient_and_grad_through_solve_are_the_same_numbers(name: str):
     assert int(result.primal.iterations) == 8
 
 
+@pytest.mark.parametrize("error", others_slow([False, True], False))
+def test_a_hypergradient_differentiates_where_the_outer_loss_is_linear(error: bool):
+    """The adjoint's right-hand side is constant there, and its operator is not."""
+    problem = bl.RootFinding(lambda x, theta: x**3 - theta)
+
+    def first(theta: Any) -> Any:
+        options: dict[str, Any] = {"error": error}
+        outer_loss = lambda x, theta: jnp.sum(x)  # noqa: E731
+        return bl.hypergradient(outer_loss, problem, theta, jnp.ones(2), **options).gradient
+
+    # x = ∛θ: the sum of two has the second derivative -4/9 θ^(-5/3).
+    expected = -4 / 9 * 0.5 ** (-5 / 3)
+    np.testing.assert_allclose(jax.grad(first)(0.5), expected, rtol=1e-8)
+    np.testing.assert_allclose(jax.jacfwd(first)(0.5), expected, rtol=1e-8)
+
+
 def test_leaves_of_theta_that_have_no_derivative_are_left_alone():
     problem = bl.Minimization(lambda x, theta: theta["scale"] * jnp.sum((x - theta["n"]) ** 2))
     theta = {"scale": 2.0, "n": 3, "name": None}

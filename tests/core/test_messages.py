@@ -38,6 +38,17 @@ def test_an_argument_of_another_kind(options, message):
         bl.solve(SYSTEM, None, X0, **options)
 
 
+@pytest.mark.parametrize("name", ["Unrolled", "OneStep"])
+def test_a_guess_for_an_adjoint_that_is_not_solved(name):
+    with pytest.raises(TypeError, match=rf"adjoint_guess: {name} solves no adjoint.*use Implicit"):
+        bl.solve(SYSTEM, None, X0, estimator=getattr(bl, name)(), adjoint_guess=X0)
+
+
+def test_more_last_steps_than_there_is_room_for():
+    with pytest.raises(ValueError, match=r"Use Unrolled\(last=5000, max_iterations=5000\)"):
+        bl.Unrolled(last=5000)
+
+
 PROBLEMS: list[tuple[Any, Any, str]] = [
     (bl.LinearSystem(EYE, jnp.ones(4)), X0, r"the right-hand side at x has shape \(4,\)"),
     (bl.LinearSystem(EYE, jnp.ones(4)), jnp.zeros(4), r"a matrix of shape \(3, 3\) acts on one"),

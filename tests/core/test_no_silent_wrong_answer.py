@@ -68,6 +68,13 @@ def test_non_finite_data_end_as_failure_and_in_no_gradient(case: Any, bad: float
     assert int(report.failures) == 1
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_constant_matrix_that_is_not_finite_is_not_called_unsymmetric(bad: float):
+    problem = bl.LinearSystem(np.diag([1.0, bad, 2.0, 3.0]), np.ones(N))
+    solution = bl.solve(problem, None, jnp.zeros(N), solver=bl.ConjugateGradient())
+    assert status_of(solution) is bl.Status.NONFINITE
+
+
 @pytest.mark.parametrize(
     "name",
     others_slow(
@@ -128,6 +135,23 @@ def test_symmetry_that_nobody_declared_is_looked_at(name: str):
     assert status_of(result.adjoint) is bl.Status.NOT_SYMMETRIC
     assert np.isnan(result.gradient)
     assert np.isinf(result.error.total)
+
+
+@pytest.mark.parametrize("estimator", ["Unrolled", "OneStep"])
+@pytest.mark.parametrize("linear", others_slow(["ConjugateGradient", "GMRES"], "GMRES"))
+def test_a_non_finite_outer_loss_comes_through_the_linear_solves_of_newton(
+    linear: str, estimator: str
+):
+    """Their transposes have a right-hand side that is not finite, and make no step."""
+    example = EXAMPLES["convex"]
+    _, gradient, _ = evaluate(
+        example.problem,
+        example.theta,
+        outer=lambda x, theta: jnp.sum(x * jnp.array([1.0, jnp.nan, 1.0, 1.0])),
+        solver=bl.Newton(linear=getattr(bl, linear)()),
+        estimator=getattr(bl, estimator)(),
+    )
+    assert not np.any(np.isfinite(gradient))
 
 
 def test_a_non_finite_start_is_said():
@@ -358,6 +382,52 @@ def test_an_adjoint_without_a_budget_gives_no_gradient(estimator: str):
     assert np.isinf(result.error.total)
 
 
+def test_an_adjoint_guess_of_zeros_is_no_gradient_either():
+    example = EXAMPLES["ridge"]
+
+    def gradient(guess: Any) -> Any:
+        cap = bl.Budget(iterations=0)
+        options: dict[str, Any] = {"adjoint_budget": cap, "adjoint_guess": guess}
+        _, gradient, report = evaluate(example.problem, example.theta, **options)
+        return gradient, int(report.failures)
+
+    nothing, failures = gradient(jnp.zeros(N))
+    assert np.all(np.isnan(nothing))
+    assert failures == 1
+    # A guess that is one is an adjoint: that of the solve before.
+    something, failures = gradient(jnp.ones(N))
+    assert np.all(np.isfinite(something))
+    assert failures == 0
+
+
+ITERATION = {
+    "Unrolled": bl.Unrolled,
+    "Unrolled, last": lambda: bl.Unrolled(last=2),
+    "Unrolled, all": lambda: bl.Unrolled(store="all"),
+    "Unrolled, forward": lambda: bl.Unrolled(mode="forward"),
+    "OneStep": bl.OneStep,
+}
+
+
+@pytest.mark.parametrize("name", others_slow(ITERATION, "Unrolled", "OneStep"))
+def test_an_iteration_without_a_budget_gives_no_gradient(name: str):
+    example = EXAMPLES["ridge"]
+    result = bl.hypergradient(
+        loss,
+        example.problem,
+        example.theta,
+        example.x0,
+        solver=bl.GradientDescent(0.3),
+        estimator=ITERATION[name](),
+        budget=bl.Budget(iterations=0),
+    )
+    assert not np.any(np.isfinite(result.gradient))
+    assert status_of(result.primal) is bl.Status.BUDGET
+    assert status_of(result.adjoint) is bl.Status.NOT_STARTED
+    assert result.error is not None
+    assert np.isinf(result.error.total)
+
+
 def test_an_adjoint_within_a_loose_absolute_tolerance_still_makes_a_step():
     """A primal's absolute tolerance handed to a tiny adjoint must not return zero."""
     example = EXAMPLES["ridge"]
@@ -387,7 +457,7 @@ def test_a_diverged_primal_gives_no_gradient(estimator: str):
     assert int(report.failures) == 1
 
 
-@pytest.mark.parametrize("estimator", ["Implicit", "Unrolled", "OneStep"])
+@pytest.mark.parametrize("estimator", ["Implicit", "Unrolled"])
 def test_a_primal_that_broke_down_gives_no_gradient(estimator: str):
     solution, gradient, report = evaluate(
         system(INDEFINITE, positive_definite=True),

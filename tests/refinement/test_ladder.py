@@ -357,6 +357,7 @@ def test_a_fidelity_is_a_pytree_whose_static_parts_are_not_leaves():
     ("build", "message"),
     [
         (lambda: Fidelity(5), "Fidelity: budget should be a Budget, got 5 of type int"),
+        (Fidelity, "Fidelity: budget should be a Budget, got None"),
         (lambda: Fidelity(None), "budget should be a Budget"),
         (lambda: Fidelity(Budget(5), 3), "adjoint_budget should be a Budget, got 3"),
         (lambda: Fidelity(Budget(5), static={"a": [1]}), "static part 'a' should be hashable"),

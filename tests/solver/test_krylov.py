@@ -118,13 +118,13 @@ def test_random_systems_are_solved(seed, scale):
 # ---------------------------------------------------------------------- what goes wrong
 
 BREAKDOWN, ROUNDING = bl.Status.BREAKDOWN, bl.Status.ROUNDING
-NOT_SYMMETRIC = bl.Status.NOT_SYMMETRIC
+NOT_SYMMETRIC, INCONSISTENT = bl.Status.NOT_SYMMETRIC, bl.Status.INCONSISTENT
 CONVERGED, BUDGET = bl.Status.CONVERGED, bl.Status.BUDGET
 WRONG = {
     # kind: statuses of CG, MINRES, BiCGStab, GMRES(5)
-    "singular, inconsistent": (BREAKDOWN, BREAKDOWN, BREAKDOWN, BREAKDOWN),
+    "singular, inconsistent": (BREAKDOWN, INCONSISTENT, BREAKDOWN, BREAKDOWN),
     "singular, consistent": (CONVERGED, CONVERGED, CONVERGED, CONVERGED),
-    "zero": (BREAKDOWN, BREAKDOWN, BREAKDOWN, BREAKDOWN),
+    "zero": (BREAKDOWN, INCONSISTENT, BREAKDOWN, BREAKDOWN),
     "indefinite": (BREAKDOWN, CONVERGED, CONVERGED, None),
     "negative": (BREAKDOWN, CONVERGED, CONVERGED, CONVERGED),
     "skew": (NOT_SYMMETRIC, NOT_SYMMETRIC, BREAKDOWN, None),
@@ -187,6 +187,48 @@ def test_non_finite_numbers_are_reported(case):
     # NaN that comes up on the way only: M⁻¹ of a zero diagonal.
     broken = type(solver)(preconditioner=lambda v: v / jnp.zeros(()))
     assert solve(matrix, rhs, broken).status == bl.Status.NONFINITE
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_minres_without_a_solution_gives_no_gradient(dtype):
+    """The smallest residual is reached and is not zero: to go on would blow the iterate up."""
+    draw = np.random.default_rng(0)
+    factor = draw.normal(size=(SIZE, SIZE))
+    matrix = factor @ factor.T / SIZE + np.eye(SIZE)
+    matrix[0], matrix[:, 0] = 0.0, 0.0
+    matrix, rhs = jnp.asarray(matrix, dtype), jnp.asarray(draw.normal(size=SIZE), dtype)
+    problem = bl.LinearSystem(lambda theta: theta * matrix, rhs, symmetric=True)
+    result = bl.hypergradient(
+        lambda x, theta: x @ jnp.arange(SIZE, dtype=dtype),
+        problem,
+        dtype(1.0),
+        jnp.zeros(SIZE, dtype),
+        solver=bl.MINRES(),
+        error=False,
+    )
+    assert result.primal.status == INCONSISTENT
+    assert int(result.primal.iterations) <= 2 * SIZE
+    assert np.isnan(result.gradient)
+    least_squares = np.linalg.lstsq(np.asarray(matrix, float), np.asarray(rhs, float))[0]
+    smallest = np.linalg.norm(rhs - matrix @ least_squares)
+    np.testing.assert_allclose(result.primal.residual_norm, smallest, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("dtype", "condition"), [(np.float64, 1e6), (np.float32, 1e3)])
+def test_minres_takes_no_slow_progress_for_a_system_without_solution(dtype, condition):
+    draw = np.random.default_rng(1)
+    vectors = np.linalg.qr(draw.normal(size=(SIZE, SIZE)))[0]
+    rhs = draw.normal(size=SIZE).astype(dtype)
+    tolerance = np.finfo(dtype).eps ** 0.5
+    for signs in (1, (-1) ** np.arange(SIZE)):
+        values = signs * np.logspace(0, -np.log10(condition), SIZE)
+        matrix = ((vectors * values) @ vectors.T).astype(dtype)
+        # Stopped on the way, and let go on to the end.
+        part, whole = (
+            solve(matrix, rhs, bl.MINRES(), iterations=k, rtol=tolerance) for k in (SIZE, 100)
+        )
+        assert part.status == BUDGET
+        assert whole.status == CONVERGED
 
 
 def test_gmres_that_stagnates_stops_and_says_why():
