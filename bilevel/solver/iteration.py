@@ -18,6 +18,13 @@ from bilevel.solver.symmetry import APPLICATIONS, needs_look, symmetry_flaw
 from bilevel.status import Status
 
 
+_FINE = 1e-10
+"""Epsilons below this leave room for any condition number that one solves with."""
+
+_ROUNDINGS = 8.0
+"""Of how many roundings of ‖A‖ ‖x‖ a residual may be: a Krylov recursion loses some digits."""
+
+
 class Iteration(eqx.Module):
     """A solver on a problem at one θ and start, ready to be driven.
 
@@ -29,6 +36,9 @@ class Iteration(eqx.Module):
     - `unit`: a power of two next to the scale, in which the loop measures residuals, so that
         their squares neither overflow nor vanish in single precision.
     - `noise`: a residual norm that may be due to rounding alone.
+    - `rounding`: value -> the residual norm that a solution may have at this precision and
+        size, by a backward stable solve; `None` where rounding is small or the problem is
+        not linear.
     - `floor`: a residual norm that no solution goes below, for the right-hand side is not in
         the operator's range; `None` where nothing is known of that.
     - `flaw`: a failure known before the first step; `None` where nothing was looked at.
@@ -43,6 +53,7 @@ class Iteration(eqx.Module):
     scale: Float[Array, ""]
     unit: Float[Array, ""]
     noise: Float[Array, ""]
+    rounding: Callable[..., Any] | None = None
     floor: Float[Array, ""] | None = None
     flaw: Int[Array, ""] | None = None
     compared: bool = eqx.field(static=True, default=False)
@@ -128,6 +139,7 @@ def begin(
         scale=scale,
         unit=jax.lax.stop_gradient(vector.unit(jnp.maximum(norm, scale))),
         noise=jax.lax.stop_gradient(_noise(problem, norm, scale, x0)),
+        rounding=_rounding(problem, x0),
         floor=_floor(problem),
         flaw=symmetry_flaw(problem, x0) if needs_look(problem, solver.requires) else None,
         compared=problem.rhs is None,
@@ -156,10 +168,15 @@ def close_iteration(iteration: Iteration, state: PyTree, residual: PyTree) -> It
         scale=iteration.scale,
         unit=iteration.unit,
         noise=iteration.noise,
+        rounding=_closed(iteration.rounding, iteration.solver.value(state)),
         floor=iteration.floor,
         flaw=iteration.flaw,
         compared=iteration.compared,
     )
+
+
+def _closed(function: Callable[..., Any] | None, *arguments: Any) -> Callable[..., Any] | None:
+    return None if function is None else eqx.filter_closure_convert(function, *arguments)
 
 
 def _check_value(solver: InnerSolver, state: PyTree, x0: PyTree) -> None:
@@ -212,6 +229,25 @@ def _floor(problem: BoundProblem) -> Array | None:
     part = jnp.abs(vector.dot(kernel, problem.rhs)) / vector.norm(kernel)
     rounding = 1e3 * vector.epsilon(problem.rhs) * size
     return jax.lax.stop_gradient(jnp.maximum(part - rounding, 0.0))
+
+
+def _rounding(problem: BoundProblem, x0: PyTree) -> Callable[..., Any] | None:
+    """ε ‖A‖ ‖x‖ and a little more: what is left of b − A x when x is rounded.
+
+    In single precision an everyday condition number makes that a visible part of ‖b‖: 1e-3
+    for a Poisson problem on 256² points.
+    """
+    operator = problem.operator
+    epsilon = vector.epsilon(x0)
+    if operator is None or epsilon < _FINE:
+        return None
+
+    def rounding(x: PyTree) -> Array:
+        rough = vector.arbitrary(x, seed=1)
+        size = vector.norm(operator.matvec(rough)) / vector.norm(rough)
+        return jax.lax.stop_gradient(_ROUNDINGS * epsilon * size * vector.norm(x))
+
+    return rounding
 
 
 def _noise(problem: BoundProblem, norm: Array, scale: Array, x0: PyTree) -> Array:

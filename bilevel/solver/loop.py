@@ -28,6 +28,10 @@ GROWN = 1e3
 """At the end of a budget, a residual this many times the scale that still grows diverges."""
 
 
+MOST_ROUNDING = 0.3
+"""Part of the scale that rounding is believed to leave of a residual."""
+
+
 class Progress(eqx.Module):
     """What the loop carries besides the solver's state.
 
@@ -194,7 +198,7 @@ def drive(
     unit = iteration.unit
     solution = Solution(
         value=solver.value(state),
-        status=_status(iteration, failure, progress, limits, true_norm),
+        status=_status(iteration, failure, progress, limits, true_norm, solver.value(state)),
         residual_norm=unit * true_norm,
         iterations=progress.count,
         inner_iterations=jnp.asarray(solver.inner_iterations(state, progress.count), jnp.int32),
@@ -356,7 +360,12 @@ def _rate(progress: Progress) -> Array:
 
 
 def _status(
-    iteration: Iteration, failure: Array, progress: Progress, limits: Limits, true_norm: Array
+    iteration: Iteration,
+    failure: Array,
+    progress: Progress,
+    limits: Limits,
+    true_norm: Array,
+    value: PyTree,
 ) -> Array:
     def code(status: Status) -> Array:
         return jnp.int32(status)
@@ -364,6 +373,7 @@ def _status(
     # The recursion says converged, the truth does not: rounding may explain a little of it.
     level = jnp.sqrt(jnp.finfo(true_norm.dtype).eps) * limits.reference
     level = jnp.maximum(level, 10.0 * limits.tolerance)
+    level = _attainable(iteration, level, limits.reference, true_norm, value)
     result = jnp.where(true_norm > level, code(Status.BREAKDOWN), code(Status.ROUNDING))
     at_limit = progress.count >= limits.iterations
     result = jnp.where(at_limit, code(Status.UNROLL_LIMIT), result)
@@ -401,3 +411,17 @@ def _status(
     impossible = iteration.floor > limits.tolerance * iteration.unit
     impossible = impossible & ((result == Status.CONVERGED) | (result >= Status.DIVERGED))
     return jnp.where(impossible, code(Status.INCONSISTENT), result)
+
+
+def _attainable(
+    iteration: Iteration, level: Array, reference: Array, true_norm: Array, value: PyTree
+) -> Array:
+    """The level below which a residual may be rounding, of a large solution in low precision."""
+    rounding = iteration.rounding
+    if rounding is None:
+        return level
+    found = jax.lax.cond(
+        true_norm > level, lambda: rounding(value) / iteration.unit, lambda: jnp.zeros_like(level)
+    )
+    # A solution as large as this solves nothing: that of a singular system grows without bound.
+    return jnp.where(found <= MOST_ROUNDING * reference, jnp.maximum(level, found), level)
