@@ -36,6 +36,21 @@ def depends(closed: core.ClosedJaxpr, inputs: Sequence[bool]) -> list[bool]:
     return [is_marked(atom) for atom in jaxpr.outvars]
 
 
+def reads(function: Callable[[Any], Any], argument: PyTree) -> bool:
+    """Whether anything that a function returns depends on any leaf of its argument.
+
+    What the function captured does not count, were it the very same array. A `False` is
+    certain.
+
+    >>> import jax.numpy as jnp
+    >>> captured = jnp.ones(3)
+    >>> reads(lambda theta: 2 * captured, captured), reads(lambda theta: 2 * theta, captured)
+    (False, True)
+    """
+    closed = jax.make_jaxpr(lambda given: jax.tree.leaves(function(given)))(argument)
+    return any(depends(closed, [True] * len(closed.jaxpr.invars)))
+
+
 def is_affine(function: Callable[[Any], Any], x: PyTree) -> bool:
     """Whether a function of x is certainly affine, so that one linearisation serves all x.
 

@@ -14,6 +14,7 @@ from bilevel.affine import as_linear
 from bilevel.budget import Budget
 from bilevel.compilation import compiled
 from bilevel.description import described
+from bilevel.diagnosis import diagnosis
 from bilevel.error.base import ErrorEstimator, Situation, TruncationError
 from bilevel.error.correction import ResidualCorrection
 from bilevel.estimator.base import Estimator, Record, Setting, no_adjoint
@@ -22,10 +23,12 @@ from bilevel.inner_solve import arrange, complete
 from bilevel.probe import AdjointProbe
 from bilevel.problem import InnerProblem, as_inner_problem
 from bilevel.refinement.fidelity import Fidelity
+from bilevel.signature import check_callable
 from bilevel.solution import Solution
 from bilevel.solver.base import InnerSolver
 from bilevel.solver.symmetry import adjoint_flaw
 from bilevel.status import Status
+from bilevel.theta import outer_value, require_differentiable, require_read
 
 
 class Cost(eqx.Module):
@@ -61,12 +64,16 @@ class Hypergradient(eqx.Module):
     - `error`: estimated truncation error of the gradient against the exact one, infinite
         where a solve failed; `None` where none was asked for.
     - `cost`: iterations and operator applications.
+    - `diagnosis`: which budget is short, in words, and how both solves ended; outside of
+        traced code.
 
     >>> import jax.numpy as jnp, bilevel as bl
     >>> problem = bl.LinearSystem(2 * jnp.eye(1), lambda theta: theta * jnp.ones(1))
     >>> result = bl.hypergradient(lambda x, theta: jnp.sum(x), problem, 1.0, jnp.zeros(1))
     >>> float(result.value), float(result.gradient), int(result.cost.adjoint_iterations)
     (0.5, 0.5, 1)
+    >>> result.diagnosis.split(":")[0]
+    'Neither solve is short'
     """
 
     value: Float[Array, ""]
@@ -79,6 +86,11 @@ class Hypergradient(eqx.Module):
     def __repr__(self) -> str:
         """The numbers in a line."""
         return described(self)
+
+    @property
+    def diagnosis(self) -> str:
+        """Which of the two budgets is short, in words (outside traced code only)."""
+        return diagnosis(self.gradient, self.primal, self.adjoint, self.error)
 
 
 def hypergradient(
@@ -112,7 +124,8 @@ def hypergradient(
 
     **Returns:** a [`Hypergradient`][].
 
-    **Raises:** as [`solve`][].
+    **Raises:** as [`solve`][]; `ValueError` where neither the problem nor `outer_loss` reads
+    any float of theta, as where they captured the same array from outside.
 
     >>> import jax.numpy as jnp, bilevel as bl
     >>> problem = bl.Minimization(lambda x, theta: jnp.sum((x - theta) ** 2))
@@ -140,10 +153,11 @@ def hypergradient(
         probe=None,
         history=history,
     )
-    _require_differentiable(setting.theta)
+    require_differentiable(setting.theta)
     if not isinstance(error, ErrorEstimator | bool):
         msg = f"error must be an error estimator, True or False, got {error!r}."
         raise TypeError(msg)
+    check_callable("hypergradient", "outer_loss", outer_loss, ("x", "theta"))
     judge = ResidualCorrection() if error is True else (error or None)
     return _evaluate(
         outer_loss,
@@ -182,6 +196,8 @@ def _evaluate(
     def with_theta(moving: PyTree) -> PyTree:
         return eqx.combine(moving, fixed)
 
+    require_read(outer_loss, setting.problem, moving, with_theta, setting.x0)
+
     def outer(moving: PyTree, record: Record) -> tuple[Array, Solution]:
         full = with_theta(moving)
         at = Setting(
@@ -195,7 +211,7 @@ def _evaluate(
             history,
         )
         solution = estimator.solve(at, record)
-        return _scalar(outer_loss(solution.value, full)), solution
+        return outer_value(outer_loss, solution.value, full), solution
 
     if estimator.forward_only:
         value, primal, gradient = _forward_gradient(outer, moving)
@@ -282,6 +298,7 @@ def truncation_error(
     >>> round(float(error.total), 3)
     0.375
     """
+    check_callable("truncation_error", "outer_loss", outer_loss, ("x", "theta"))
     judge = ResidualCorrection() if error is None else error
     estimator = Implicit() if estimator is None else estimator
     theta = jax.tree.map(lambda leaf: jnp.asarray(leaf) if eqx.is_array_like(leaf) else leaf, theta)
@@ -379,28 +396,3 @@ def _forward_gradient(outer: Any, moving: PyTree) -> tuple[Array, Solution, PyTr
     # JAX's gradient is conjugate to the direction of steepest ascent.
     joined = [jax.lax.complex(g[0], -g[1]) if len(g) == 2 else g[0] for g in along]
     return value, solution, jax.tree.unflatten(treedef, joined)
-
-
-def _require_differentiable(theta: PyTree) -> None:
-    leaves = jax.tree_util.tree_leaves_with_path(theta)
-    if not leaves or any(eqx.is_inexact_array(leaf) for _, leaf in leaves):
-        return
-    kinds = ", ".join(
-        f"theta{jax.tree_util.keystr(path)} is {getattr(leaf, 'dtype', type(leaf).__name__)}"
-        for path, leaf in leaves
-    )
-    msg = (
-        f"theta must hold a float or complex array to differentiate, and {kinds}. Write 3.0 for 3."
-    )
-    raise TypeError(msg)
-
-
-def _scalar(value: Array) -> Array:
-    value = jnp.asarray(value)
-    if value.ndim != 0 or not jnp.issubdtype(value.dtype, jnp.floating):
-        msg = (
-            f"outer_loss(x, theta) must return a real scalar, got shape {value.shape} of "
-            f"{value.dtype}. Take the mean or the sum."
-        )
-        raise TypeError(msg)
-    return value

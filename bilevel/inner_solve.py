@@ -1,5 +1,7 @@
 """`bl.solve`: an inner solve as one differentiable function."""
 
+import importlib
+import inspect
 from typing import Any, TypeAlias
 
 import equinox as eqx
@@ -12,11 +14,14 @@ from bilevel.affine import as_linear
 from bilevel.budget import Budget
 from bilevel.checking import check_functions
 from bilevel.compilation import compiled
+from bilevel.context import evaluating
 from bilevel.estimator.base import Estimator, Record, Setting
 from bilevel.estimator.implicit import Implicit
+from bilevel.naming import public_name
 from bilevel.probe import AdjointProbe, Probe
 from bilevel.problem import InnerProblem, LinearSystem, as_inner_problem
 from bilevel.refinement.fidelity import Fidelity
+from bilevel.signature import brief
 from bilevel.solution import Solution
 from bilevel.solver.base import InnerSolver
 from bilevel.solver.default import default_solver
@@ -53,9 +58,12 @@ def solve(
     - `estimator`: how the derivative is obtained; [`Implicit`][] by default, with the
         solver of a linear system for its adjoint, too, preconditioner and factors included,
         unless it is a stationary one.
-    - `budget`: of the primal solve. By default to within rounding.
+    - `budget`: of the primal solve. By default a relative tolerance of ε^(2/3), with ε the
+        rounding error of the dtype of `x0`: 2e-5 in single precision, 4e-11 in double, of
+        [`Solution.scale`][], under a generous cap. For more, name a smaller `rtol`, or a cap
+        alone: `Budget(iterations=1000)` goes on until rounding stops it.
     - `adjoint_budget`: of the solves of the derivative, relative to their own right-hand
-        side. By default to within rounding; never taken from `budget`.
+        side. By default the same tolerance as for `budget`; never taken from `budget`.
     - `adjoint_guess`: where the adjoint solve starts, like `x0`; zero by default.
     - `fidelity`: `budget`, `adjoint_budget` and `probe` in one.
     - `probe`: `Probe.zeros()` or `AdjointProbe.zeros(x0)`; its cotangent is what the solves
@@ -204,8 +212,10 @@ def _default_estimator(problem: InnerProblem, solver: InnerSolver | None) -> Est
 
 def complete(setting: Setting) -> Setting:
     """Fill in the defaults that depend on the problem, and check what its functions return."""
-    bound = setting.problem.at(setting.theta)
-    check_functions(bound, setting.x0)
+    linear = isinstance(setting.problem, LinearSystem)
+    with evaluating(f"{'operator(theta), rhs' if linear else 'at'}(theta)", theta=setting.theta):
+        bound = setting.problem.at(setting.theta)
+    check_functions(bound, setting.x0, setting.theta)
     solver = setting.solver
     problem = as_linear(setting.problem, setting.theta, setting.x0, solver)
     problem = problem.anchored(setting.theta, setting.x0)
@@ -247,7 +257,22 @@ def _wrong_kind(name: str, value: object) -> str:
         hint = f" Write {name}=Budget(iterations={value!r})."
     elif name.endswith("budget") and isinstance(value, float):
         hint = f" Write {name}=Budget(rtol={value!r})."
-    return f"{name} must be {expected}, got {value!r}.{hint}"
+    elif isinstance(value, str) and name in _KINDS:
+        meant = public_name(value, _KINDS[name])
+        hint = "" if meant is None else f" Write {name}=bl.{meant}({_arguments(meant)})."
+    elif name == "solver" and callable(getattr(value, "update", None)):
+        hint = " Wrap an optax transformation: solver=bl.Optax(optax.adam(0.1)), for one."
+    return f"{name} must be {expected}, got {brief(value)}.{hint}"
+
+
+def _arguments(name: str) -> str:
+    """What a class asks for, as its signature has it: `step_size=...` for one."""
+    parameters = inspect.signature(getattr(importlib.import_module("bilevel"), name)).parameters
+    needed = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
+    return ", ".join(f"{key}=..." for key in needed)
+
+
+_KINDS: dict[str, type] = {"solver": InnerSolver, "estimator": Estimator}
 
 
 _FEWEST_BITS = 32

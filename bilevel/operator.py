@@ -108,8 +108,8 @@ def as_operator(
 
     **Arguments:**
 
-    - `operator`: a square matrix (n, n); a function v -> A v; a pair of functions
-        (v -> A v, v -> Aᴴ v); or any object with a method `matvec` and optionally
+    - `operator`: a square matrix (n, n), also a sparse one of JAX; a function v -> A v; a
+        pair of functions (v -> A v, v -> Aᴴ v); or any object with a method `matvec` and optionally
         `rmatvec`, `diagonal` (a method or an array), `symmetric`, `positive_definite`,
         `kernel` (a method; see [`LinearOperator`][]), `shape` (a pair must be equal numbers).
     - `symmetric`, `positive_definite`: what the user declares; wins over what the
@@ -152,6 +152,8 @@ def as_operator(
             "array (matrix.toarray())."
         )
         raise TypeError(msg)
+    if type(operator).__module__.startswith("jax.experimental.sparse"):
+        return _from_sparse(operator, symmetric=symmetric, positive_definite=positive_definite)
     matvec: Any = getattr(operator, "matvec", None)
     if callable(matvec):
         _require_square(operator)
@@ -200,6 +202,16 @@ def _from_matrix(
         matrix=matrix,
         symmetric=symmetric,
         positive_definite=positive_definite,
+    )
+
+
+def _from_sparse(
+    matrix: Any, *, symmetric: bool | None, positive_definite: bool | None
+) -> LinearOperator:
+    """A sparse matrix of JAX (BCOO, BCSR), by its products alone."""
+    _require_square(matrix)
+    return LinearOperator(
+        lambda v: matrix @ v, symmetric=symmetric, positive_definite=positive_definite
     )
 
 

@@ -250,7 +250,7 @@ class LinearSystem(InnerProblem):
         self.positive_definite = positive_definite
 
     def residual(self, x: PyTree, theta: PyTree) -> PyTree:
-        """B - A x."""
+        """The residual b - A x."""
         return self.at(theta).residual(x)
 
     def at(self, theta: PyTree) -> BoundProblem:

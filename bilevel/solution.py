@@ -25,11 +25,15 @@ class Solution(eqx.Module):
     - `tolerance`: the residual norm that counted as converged (units of the residual).
     - `scale`: the residual norm that relative tolerances referred to: of the right-hand
         side for a linear system; otherwise of the residual at zero of the problem linearised
-        at the start, or of the first residual where that is larger. So a warm start is not
-        asked for more than a cold one.
+        at the start, or of the first residual where that is larger. So for an affine residual
+        (a quadratic objective) it is the same from every start, and a warm one is not asked
+        for more than a cold one. For any other it belongs to the start, and may be smaller
+        next to the solution: give `atol` for the same accuracy from every start.
     - `rate`: residual reduction per iteration over the second half of the solve
         (< 1: contracting); NaN where fewer than two iterations were done.
     - `applications`: int32, how often the residual, gradient or operator was applied.
+    - `relative_residual`: `residual_norm` over `scale`.
+    - `diagnosis`: the status in words, outside of traced code.
     - `history`: residual norm after 0, 1, 2, ... iterations, padded with NaN to the
         length asked for; `None` where none was asked for.
 

@@ -22,6 +22,11 @@ class Nystrom(Estimator):
     cost is the adjoint part of the error estimate.  It is applied once, whatever the
     adjoint budget.
 
+    With `rank` below the number of unknowns and little curvature in the directions left out,
+    such as that of weak penalties, this is a wrong gradient and no approximate one: along
+    them 1/ρ stands for the inverse of the curvature. Take [`Implicit`][] there, or look at
+    `error.adjoint` of [`hypergradient`][].
+
     **Arguments:**
 
     - `rank`: columns drawn.

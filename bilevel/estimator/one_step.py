@@ -23,7 +23,9 @@ class OneStep(Estimator):
 
     Bolte, Pauwels and Vaiter 2023.  It costs a single step and needs no adjoint; its error
     is of the order of the step's contraction factor, so it is good for Newton's method
-    and multigrid, and poor for plain gradient descent: the error estimate says which.
+    and multigrid. Not for plain gradient descent: there it is the first term of a Neumann
+    series, a fraction of the gradient, whose sign alone may be right; take [`Neumann`][] or
+    [`Implicit`][]. The error estimate says which.
 
     It means something only where the step is the same map at every residual, a contraction or
     Newton's.  Krylov methods, line searches, Anderson's acceleration and optax make of the

@@ -2,8 +2,9 @@
 
 import functools
 import inspect
+import types
 from collections.abc import Callable
-from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from pydantic import AfterValidator, Field
 from pydantic.fields import FieldInfo
 
 from bilevel.budget import UNLIMITED
+from bilevel.naming import no_argument
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -93,6 +95,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     def validator() -> Callable[P, R]:
         return pydantic.validate_call(config=_CONFIG)(function)
 
+    signature = inspect.signature(function)
+
     @functools.wraps(function)
     def construct(*args: P.args, **kwargs: P.kwargs) -> R:
         plain = tuple(_plain(value) for value in args)
@@ -103,7 +107,24 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
             failure = _explain(owner, function, error)
         raise failure
 
+    # What help() and editors show: types and defaults, without what checks them.
+    plain: Any = construct
+    plain.__signature__ = signature.replace(
+        parameters=[
+            parameter.replace(annotation=_bare(parameter.annotation))
+            for parameter in signature.parameters.values()
+        ]
+    )
     return construct
+
+
+def _bare(annotation: Any) -> Any:
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _bare(parts[0])
+    if origin in {Union, types.UnionType}:
+        return functools.reduce(lambda one, other: one | other, map(_bare, parts))
+    return annotation
 
 
 def _plain(value: Any) -> Any:
@@ -115,15 +136,24 @@ def _explain(
     owner: str, function: Callable[..., Any], error: pydantic.ValidationError
 ) -> ValueError | TypeError:
     """The first wrong argument in one line: its name, what was expected, what came."""
-    names = list(inspect.signature(function).parameters)
+    parameters = inspect.signature(function).parameters
+    names = list(parameters)
     problems = error.errors(include_url=False)
     where = problems[0]["loc"][0]
     name = names[where] if isinstance(where, int) and where < len(names) else str(where)
     if problems[0]["type"] == "missing_argument":
         return TypeError(f"{owner}: the argument {name} is missing.")
-    if problems[0]["type"].startswith(("unexpected", "multiple_argument")):
-        known = ", ".join(known for known in names if known not in {"self", "cls"})
-        return TypeError(f"{owner}: no argument {name}; there is {known}.")
+    if problems[0]["type"] == "unexpected_positional_argument":
+        msg = f"{owner}: too many arguments, got {_quoted(problems[0]['input'])} besides."
+        if name in parameters:
+            given = _quoted(problems[0]["input"])
+            msg = f"{owner}: {name} is keyword-only: write {name}={given}."
+        return TypeError(msg)
+    if problems[0]["type"] == "multiple_argument_values":
+        return TypeError(f"{owner}: {name} is given twice, by position and by name.")
+    if problems[0]["type"].startswith("unexpected"):
+        known = [known for known in names if known not in {"self", "cls"}]
+        return TypeError(f"{owner}: {no_argument(name, known)}")
     # A union reports one problem a member: they are alternatives.
     same = [problem for problem in problems if problem["loc"][0] == where]
     expected = " or ".join(
@@ -132,11 +162,13 @@ def _explain(
         )
     )
     expected = expected.replace(" or should be ", " or ")
-    quoted = repr(problems[0]["input"])
-    if len(quoted) > _LONGEST_QUOTE:
-        quoted = f"{quoted[:_LONGEST_QUOTE]}..."
     hint = _hint(function, name)
-    return ValueError(f"{owner}: {name} {expected}, got {quoted}.{hint}")
+    return ValueError(f"{owner}: {name} {expected}, got {_quoted(problems[0]['input'])}.{hint}")
+
+
+def _quoted(value: Any) -> str:
+    quoted = repr(value)
+    return quoted if len(quoted) <= _LONGEST_QUOTE else f"{quoted[:_LONGEST_QUOTE]}..."
 
 
 def _hint(function: Callable[..., Any], name: str) -> str:

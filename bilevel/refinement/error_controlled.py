@@ -10,7 +10,7 @@ from pydantic import Field
 from bilevel.refinement.arguments import checked
 from bilevel.refinement.fidelity import Fidelity
 from bilevel.refinement.ladder import Ladder
-from bilevel.refinement.lookup import fidelity_at
+from bilevel.refinement.lookup import fidelity_at, require_state
 from bilevel.refinement.measurement import measured, saturating_increment
 from bilevel.refinement.namespace import AnyArray, Namespace, decided
 
@@ -82,7 +82,7 @@ class ErrorControlled(eqx.Module):
     budgets, or one whose static parts differ: those cannot come from two levels at once.
 
     **Source:** after MAID, Salehi, Mukherjee, Roberts, Ehrhardt, An adaptively inexact
-    first-order method for bilevel optimization, 2024, arXiv 2308.10098, algorithms 3.1
+    first-order method for bilevel optimization, 2023, arXiv 2308.10098, algorithms 3.1
     and 3.2. MAID has one accuracy for each solve, halves both, and multiplies them by
     little more than 1 at each success; its line search is not part of this.
 
@@ -177,6 +177,7 @@ class ErrorControlled(eqx.Module):
         more than one number.
         """
         del metric
+        require_state("ErrorControlled", "update", state)
         owner = "ErrorControlled.update"
         for name, value in (("gradient_norm", gradient_norm), ("error", error)):
             if value is None:
@@ -197,6 +198,7 @@ class ErrorControlled(eqx.Module):
 
     def fidelity(self, state: ErrorControlledState) -> Fidelity:
         """The primal budget of one level, the adjoint budget of the other."""
+        require_state("ErrorControlled", "fidelity", state)
         return fidelity_at(self.ladder, state.level, state.adjoint_level)
 
 

@@ -12,11 +12,29 @@ from bilevel.refinement.columns import looked_up
 from bilevel.refinement.fidelity import Fidelity
 from bilevel.refinement.level import placed
 from bilevel.refinement.namespace import AnyArray
+from bilevel.signature import brief
 
 if TYPE_CHECKING:
     from bilevel.refinement.ladder import Ladder
 
 _KEPT = 4096
+
+
+def require_state(owner: str, method: str, state: Any) -> None:
+    """Refuse what is no state of a controller, a forgotten one above all.
+
+    **Raises:** `TypeError`.
+    """
+    if hasattr(state, "level"):
+        return
+    use = f"controller.{method}(state)"
+    if method == "update":
+        use = "state = controller.update(state, ...)"
+    msg = (
+        f"{owner}.{method}: state should be what init() or update() returned, got {brief(state)}. "
+        f"Write {use}."
+    )
+    raise TypeError(msg)
 
 
 def fidelity_at(

@@ -12,7 +12,7 @@ from pydantic import Field
 from bilevel.refinement.arguments import checked
 from bilevel.refinement.fidelity import Fidelity
 from bilevel.refinement.ladder import Ladder
-from bilevel.refinement.lookup import fidelity_at
+from bilevel.refinement.lookup import fidelity_at, require_state
 from bilevel.refinement.measurement import measured, saturating_increment
 from bilevel.refinement.namespace import AnyArray, Namespace, decided
 
@@ -170,6 +170,7 @@ class ProgressiveRefinement(eqx.Module):
         **Raises:** `TypeError` for what is no real number, `ValueError` for more than one.
         """
         del gradient_norm, error
+        require_state("ProgressiveRefinement", "update", state)
         entry = measured("ProgressiveRefinement.update", "metric", metric)
         rule = _Rule(
             self.stepping_threshold,
@@ -198,6 +199,7 @@ class ProgressiveRefinement(eqx.Module):
 
     def fidelity(self, state: ProgressiveState) -> Fidelity:
         """The fidelity of the state's level."""
+        require_state("ProgressiveRefinement", "fidelity", state)
         return fidelity_at(self.ladder, state.level)
 
 

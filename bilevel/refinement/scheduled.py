@@ -17,7 +17,7 @@ from pydantic import Field
 from bilevel.refinement.arguments import Reduction, Schedule, Tolerance, checked
 from bilevel.refinement.fidelity import Fidelity
 from bilevel.refinement.ladder import Ladder
-from bilevel.refinement.lookup import fidelity_at
+from bilevel.refinement.lookup import fidelity_at, require_state
 from bilevel.refinement.measurement import measured, saturating_increment
 from bilevel.refinement.namespace import AnyArray, Namespace, decided, on_host
 
@@ -132,10 +132,12 @@ class ScheduledFidelity(eqx.Module):
         **Returns:** the new state.
         """
         del metric, gradient_norm, error
+        require_state("ScheduledFidelity", "update", state)
         return self._moved(state, saturating_increment(state.updates))
 
     def fidelity(self, state: ScheduledState) -> Fidelity:
         """The fidelity of the state's level."""
+        require_state("ScheduledFidelity", "fidelity", state)
         return fidelity_at(self.ladder, state.level)
 
     def _moved(self, state: ScheduledState, updates: AnyArray) -> ScheduledState:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from bilevel import vector
 from bilevel.bound import BoundProblem
 from bilevel.solver import basis
-from bilevel.solver.base import IncompatibleError, InnerSolver
+from bilevel.solver.base import IncompatibleError, InnerSolver, suited
 from bilevel.solver.parameter import positive, whole, within
 
 REGULARISATION = 10.0
@@ -57,9 +57,6 @@ class Anderson(InnerSolver):
     (0.7391, True)
     """
 
-    instead: ClassVar[str] = (
-        "LBFGS or ArmijoGradientDescent for an objective, Newton for a residual"
-    )
     linear_adjoint: ClassVar[bool] = True
     conditioned: ClassVar[bool] = True
     adaptive: ClassVar[bool] = True
@@ -83,7 +80,7 @@ class Anderson(InnerSolver):
         if problem.mapping is None and problem.operator is None:
             msg = (
                 f"Anderson cannot solve this {problem.name}: it needs a fixed-point mapping or a "
-                f"linear system. Use {self.instead} instead."
+                f"linear system. Use {suited(problem)} instead."
             )
             raise IncompatibleError(msg)
 

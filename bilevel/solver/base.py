@@ -1,7 +1,8 @@
 """The inner-solver protocol: how one step is made, never when to stop."""
 
 import abc
-from typing import Any, ClassVar
+import inspect
+from typing import Any, ClassVar, Self
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jaxtyping import Array, Int, PyTree
 from bilevel import vector
 from bilevel.bound import BoundProblem
 from bilevel.budget import Budget
+from bilevel.naming import nearest, no_argument
 from bilevel.status import Status
 
 MOST_ITERATIONS = 10_000
@@ -59,7 +61,8 @@ class InnerSolver(eqx.Module):
 
     - `requires`: traits the problem must have, of "objective", "mapping", "operator",
         "symmetric", "positive_definite", "diagonal", "proximal"; checked before anything runs.
-    - `instead`: what to use where `requires` is not met, for the message.
+    - `instead`: what to use where `requires` is not met, for the message; by default the
+        solvers of this package that suit the problem at hand.
     - `recursive`: the residual comes out of the solver's own recursion, and is confirmed
         by a true one before anything is called converged.
     - `stationary`: each step applies the same map, so that a residual that does not
@@ -76,13 +79,24 @@ class InnerSolver(eqx.Module):
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()
-    instead: ClassVar[str] = "GMRES (for a linear system) or Newton"
+    instead: ClassVar[str] = ""
     recursive: ClassVar[bool] = False
     stationary: ClassVar[bool] = False
     conditioned: ClassVar[bool] = False
     divides_by_residual: ClassVar[bool] = False
     adaptive: ClassVar[bool] = False
     linear_adjoint: ClassVar[bool] = False
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Refuse an argument that there is not, and name the one that was meant."""
+        del args
+        known = inspect.signature(cls).parameters if options else {}
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+            for name in options:
+                if name not in known:
+                    msg = f"{cls.__name__}: {no_argument(name, known)}"
+                    raise TypeError(msg)
+        return super().__new__(cls)
 
     @abc.abstractmethod
     def init(self, problem: BoundProblem, x: PyTree) -> PyTree:
@@ -122,7 +136,7 @@ class InnerSolver(eqx.Module):
         return iterations
 
     def default_budget(self, x0: PyTree) -> Budget:
-        """The budget where the user gives none: to within rounding, with a generous cap."""
+        """The budget where the user gives none: `default_tolerance`, with a generous cap."""
         cap = MOST_ITERATIONS
         if not (self.conditioned or self.stationary):
             cap = int(min(max(10 * vector.size(x0), 100), cap))
@@ -134,19 +148,36 @@ class InnerSolver(eqx.Module):
         **Raises:** `IncompatibleError` naming what is missing and what to use instead; also
         for a preconditioner that says it is not symmetric, where it must be.
         """
+        require_traits(type(self).__name__, self.requires)
         missing = sorted(name for name in self.requires if not has_trait(problem, name))
         if missing:
             reasons = "; ".join(_WHY[name] for name in missing)
             msg = (
                 f"{type(self).__name__} cannot solve this {problem.name}: {reasons}. "
-                f"Use {_instead(self.instead, missing, problem)} instead."
+                f"Use {_instead(self, missing, problem)} instead."
             )
             raise IncompatibleError(msg)
         if "symmetric" in self.requires:
-            _require_symmetric(self)
+            _require_symmetric(self, problem)
 
 
-def _require_symmetric(solver: InnerSolver) -> None:
+def require_traits(owner: str, requires: Any) -> None:
+    """Refuse traits that there are not."""
+    if isinstance(requires, str):
+        msg = f"{owner}: requires must be a set of names. Write frozenset({{{requires!r}}})."
+        raise TypeError(msg)
+    unknown = sorted(set(requires) - TRAITS)
+    if unknown:
+        meant = nearest(unknown[0], sorted(TRAITS))
+        hint = "" if meant is None else f" Did you mean {meant!r}?"
+        msg = (
+            f"{owner}: requires names {unknown[0]!r}, which is no trait of a problem.{hint} The "
+            f"traits are {', '.join(sorted(TRAITS))}."
+        )
+        raise TypeError(msg)
+
+
+def _require_symmetric(solver: InnerSolver, problem: BoundProblem) -> None:
     """Refuse a preconditioner that says it is not symmetric, where it must be."""
     preconditioner: Any = getattr(solver, "preconditioner", None)
     if getattr(preconditioner, "symmetric", None) is not False:
@@ -156,16 +187,44 @@ def _require_symmetric(solver: InnerSolver) -> None:
     given = f"{kind}(symmetric=True)" if "symmetric" in options else "a symmetric one"
     msg = (
         f"{name} needs a symmetric preconditioner, and {kind} says it is not "
-        f"(symmetric=False). Use {given}, or the solver {solver.instead}."
+        f"(symmetric=False). Use {given}, or a solver such as {suited(problem, without=name)}."
     )
     raise IncompatibleError(msg)
 
 
-def _instead(named: str, missing: list[str], problem: BoundProblem) -> str:
-    """What to use: a Krylov solver in place of another one helps no problem that is not linear."""
-    if "operator" not in missing:
-        return named
-    return "LBFGS or Newton" if problem.objective is not None else "Newton or Anderson"
+def _instead(solver: InnerSolver, missing: list[str], problem: BoundProblem) -> str:
+    """What to use: another linear solver helps no problem that is not linear."""
+    if solver.instead and "operator" not in missing:
+        return solver.instead
+    name = type(solver).__name__
+    inside = solver.linear_adjoint and all(
+        has_trait(problem, trait) for trait in solver.requires - {"operator"}
+    )
+    also = f", or Newton(linear={name}(...))," if inside and problem.operator is None else ""
+    return suited(problem, without=name) + also
+
+
+def suited(problem: BoundProblem, *, without: str = "") -> str:
+    """Solvers of this package that accept a problem, the best first, as "A, B or C".
+
+    >>> import bilevel as bl
+    >>> suited(bl.FixedPoint(lambda x, theta: 0.5 * x).at(None), without="Anderson")
+    'FixedPointIteration or Newton'
+    """
+    if problem.operator is not None:
+        names = ["GMRES", "BiCGStab"] if problem.matrix_free else ["Direct", "GMRES", "BiCGStab"]
+        if problem.symmetric:
+            names = ["ConjugateGradient" if problem.positive_definite else "MINRES", *names]
+    elif problem.proximal is not None:
+        names = ["ProximalGradient", "Anderson"]
+    elif problem.mapping is not None:
+        names = ["Anderson", "FixedPointIteration", "Newton"]
+    elif problem.objective is not None:
+        names = ["LBFGS", "Newton", "ArmijoGradientDescent"]
+    else:
+        names = ["Newton", "Richardson"]
+    chosen = [name for name in names if name != without][:3]
+    return " or ".join(filter(None, [", ".join(chosen[:-1]), chosen[-1]]))
 
 
 def default_tolerance(x: PyTree) -> float:
@@ -205,3 +264,6 @@ _WHY = {
     ),
     "proximal": "it needs a CompositeMinimization, with a proximal operator",
 }
+
+TRAITS = frozenset(_WHY)
+"""What a solver may require of a problem."""

@@ -60,7 +60,6 @@ class BiCGStab(InnerSolver):
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"operator"})
-    instead: ClassVar[str] = "Newton(linear=BiCGStab())"
     recursive: ClassVar[bool] = True
     linear_adjoint: ClassVar[bool] = True
     divides_by_residual: ClassVar[bool] = True

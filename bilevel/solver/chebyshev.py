@@ -63,7 +63,6 @@ class Chebyshev(InnerSolver):
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"operator", "symmetric", "positive_definite"})
-    instead: ClassVar[str] = "MINRES for a symmetric operator, GMRES or BiCGStab for any other"
     linear_adjoint: ClassVar[bool] = True
     conditioned: ClassVar[bool] = True
 

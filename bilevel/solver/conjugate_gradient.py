@@ -53,7 +53,6 @@ class ConjugateGradient(InnerSolver):
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"operator", "symmetric"})
-    instead: ClassVar[str] = "GMRES or BiCGStab"
     recursive: ClassVar[bool] = True
     linear_adjoint: ClassVar[bool] = True
     divides_by_residual: ClassVar[bool] = True

@@ -47,7 +47,6 @@ class Direct(InnerSolver):
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"operator"})
-    instead: ClassVar[str] = "Newton(linear=Direct())"
     linear_adjoint: ClassVar[bool] = True
 
     def prepare(self, problem: BoundProblem, x: PyTree) -> BoundProblem:

@@ -9,8 +9,4 @@ class FirstOrderSolver(InnerSolver):
     """A solver that minimises a smooth objective by its gradient; base class of such."""
 
     requires: ClassVar[frozenset[str]] = frozenset({"objective"})
-    instead: ClassVar[str] = (
-        "ProximalGradient for a CompositeMinimization, ConjugateGradient or GMRES for a linear "
-        "system, Anderson for a fixed point, Newton for a root"
-    )
     conditioned: ClassVar[bool] = True

@@ -30,7 +30,6 @@ class FixedPointIteration(InnerSolver):
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"mapping"})
-    instead: ClassVar[str] = "Richardson for a residual, or GradientDescent for an objective"
     stationary: ClassVar[bool] = True
 
     damping: Float[Array, ""] | float = 0.0

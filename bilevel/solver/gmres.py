@@ -57,7 +57,6 @@ class GMRES(InnerSolver):
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"operator"})
-    instead: ClassVar[str] = "Newton(linear=GMRES())"
     linear_adjoint: ClassVar[bool] = True
     divides_by_residual: ClassVar[bool] = True
 

@@ -28,7 +28,6 @@ class GradientDescent(FirstOrderSolver):
     3.0
     """
 
-    instead: ClassVar[str] = "Richardson, FixedPointIteration or Newton"
     stationary: ClassVar[bool] = True
 
     step_size: Float[Array, ""] | float

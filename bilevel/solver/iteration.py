@@ -206,8 +206,10 @@ def _scale(problem: BoundProblem, x0: PyTree, residual: PyTree, norm: Array) -> 
 
     ‖b‖ for a linear system with b ≠ 0, so that a good start is not punished.  Otherwise what
     stands for it: the residual at zero of the problem linearised at the start, which for an
-    affine one is ‖b‖, too; or the first residual where that is larger.  Never an absolute
-    constant: multiplying the problem by a number changes nothing.
+    affine one is ‖b‖, too; or the first residual where that is larger.  The residual at zero
+    itself would be the same from every start, but may be huge where the problem is not meant
+    to be evaluated (a pole, an exponential), and anything would then count as converged.
+    Never an absolute constant: multiplying the problem by a number changes nothing.
     """
     if problem.rhs is not None:
         rhs_norm = vector.robust_norm(problem.rhs).astype(norm.dtype)

@@ -33,7 +33,6 @@ class Jacobi(InnerSolver):
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"operator", "diagonal"})
-    instead: ClassVar[str] = "Richardson, ConjugateGradient or GMRES"
     stationary: ClassVar[bool] = True
     linear_adjoint: ClassVar[bool] = True
 

@@ -44,7 +44,7 @@ class NystromInverse(InnerSolver):
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"operator", "symmetric"})
-    instead: ClassVar[str] = "Implicit or Neumann"
+    instead: ClassVar[str] = "GMRES or BiCGStab, or the estimators Implicit or Neumann for Nystrom,"
     stationary: ClassVar[bool] = True
     linear_adjoint: ClassVar[bool] = True
 

@@ -73,10 +73,6 @@ class ProximalGradient(InnerSolver):
 
     requires: ClassVar[frozenset[str]] = frozenset({"proximal"})
     conditioned: ClassVar[bool] = True
-    instead: ClassVar[str] = (
-        "LBFGS or GradientDescent for a smooth objective, Anderson for a fixed point, "
-        "ConjugateGradient or GMRES for a linear system, Newton for a root"
-    )
 
     step_size: Float[Array, ""] | float | None = None
     acceleration: str = eqx.field(static=True, default="restart")

@@ -44,7 +44,6 @@ class SteepestDescent(InnerSolver):
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"operator", "symmetric", "positive_definite"})
-    instead: ClassVar[str] = "MINRES for a symmetric operator, GMRES or BiCGStab for any other"
     recursive: ClassVar[bool] = True
     linear_adjoint: ClassVar[bool] = True
     conditioned: ClassVar[bool] = True

@@ -23,6 +23,7 @@ class ConformanceError(AssertionError):
     """
 
     def __init__(self, subject: str, broken: str, expected: str, got: str, advice: str):
+        expected, got = expected.rstrip("."), got.rstrip(".")
         super().__init__(
             f"{subject}: {broken!r} does not hold. Expected {expected}, got {got}. {advice}"
         )

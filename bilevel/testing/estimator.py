@@ -33,6 +33,7 @@ from bilevel.testing.sample import (
 )
 from bilevel.testing.subject import Subject
 from bilevel.testing.taylor import taylor_test
+from bilevel.testing.user_code import require_instance
 
 SCALE = 2.0**-30
 """Factor on the outer loss, about 1e-9, exact in binary: the gradient must follow it exactly."""
@@ -98,6 +99,7 @@ def check_estimator(
     >>> "derivative of the loss" in check_estimator(bl.Implicit(), problem, 3.0, 0.0)
     True
     """
+    require_instance("check_estimator", "estimator", estimator, Estimator)
     problem = as_inner_problem(problem)
     theta = jax.tree.map(jnp.asarray, theta)
     x0 = as_vector("x0", x0)

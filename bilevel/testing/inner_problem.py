@@ -13,12 +13,15 @@ from jaxtyping import PyTree
 from bilevel import vector
 from bilevel.bound import BoundProblem
 from bilevel.checking import check_like
+from bilevel.dependence import reads
 from bilevel.inner_solve import as_vector
 from bilevel.operator import LinearOperator
 from bilevel.problem import InnerProblem, as_inner_problem
 from bilevel.testing.conformance import Checklist, flat_norm, wide
 from bilevel.testing.sample import all_nan, inexact, random_like, stack, with_inexact
 from bilevel.testing.taylor import taylor_test
+from bilevel.testing.user_code import fail_by, require_order
+from bilevel.theta import evaluated
 
 KRYLOV = 12
 """Dimension of the subspace in which positive definiteness is put to the test."""
@@ -41,16 +44,17 @@ def check_inner_problem(
     2. *residual finite*: at x0.
     3. *same under jit*: tracing changes nothing.
     4. *same under vmap*: a batch gives what its samples give.
-    5. *NaN shows*: where the residual depends on θ, a NaN in θ reaches it.
-    6. *derivative in x*, 7. *derivative in theta*: the residual's derivatives pass
+    5. *depends on theta*: the residual or the objective reads θ, where it has floats.
+    6. *NaN shows*: where the residual depends on θ, a NaN in θ reaches it.
+    7. *derivative in x*, 8. *derivative in theta*: the residual's derivatives pass
        [`taylor_test`][], and reverse mode is the transpose of forward mode.
-    8. *objective*: a real scalar, of which the residual is the negative gradient.
-    9. *mapping*: the residual is the mapping minus the identity.
-    10. *operator linear*, 11. *adjoint*: ⟨A u, v⟩ = ⟨u, Aᴴ v⟩ for a given `rmatvec`,
-        12. *diagonal*, 13. *matrix*: each is that of `matvec`, and 14. *right-hand side*: the
+    9. *objective*: a real scalar, of which the residual is the negative gradient.
+    10. *mapping*: the residual is the mapping minus the identity.
+    11. *operator linear*, 12. *adjoint*: ⟨A u, v⟩ = ⟨u, Aᴴ v⟩ for a given `rmatvec`,
+        13. *diagonal*, 14. *matrix*: each is that of `matvec`, and 15. *right-hand side*: the
         residual is b - A x.
-    15. *symmetric*: ⟨N u, v⟩ = ⟨u, N v⟩ where claimed.
-    16. *positive definite*: not refuted, where claimed, in a Krylov subspace. A minimisation
+    16. *symmetric*: ⟨N u, v⟩ = ⟨u, N v⟩ where claimed.
+    17. *positive definite*: not refuted, where claimed, in a Krylov subspace. A minimisation
         claims it at its minimiser only: give `solution`.
 
     **Arguments:**
@@ -71,6 +75,10 @@ def check_inner_problem(
     >>> "derivative in x" in check_inner_problem(problem, 0.5, 1.0)
     True
     """
+    for name in ("residual", "objective", "function", "mapping"):
+        function: Any = getattr(problem, name, None)
+        if callable(function) and not isinstance(problem, type):
+            require_order(f"{type(problem).__name__}.{name}", function, ("x", "theta"))
     problem = as_inner_problem(problem)
     theta = jax.tree.map(jnp.asarray, theta)
     x0 = as_vector("x0", x0)
@@ -108,11 +116,19 @@ def _residual(checklist: Checklist, problem: InnerProblem, theta: PyTree, x0: Py
         return problem.at(theta).residual(x)
 
     name = "residual like x"
+    outcome: Any = None
     try:
-        check_like(f"{checklist.subject}: the residual", jax.eval_shape(residual, theta, x0), x0)
+        outcome = jax.eval_shape(residual, theta, x0)
+    except Exception as error:  # noqa: BLE001
+        fail_by(checklist, name, "residual", error, _exchanged(residual, theta, x0))
+    try:
+        check_like("the residual", outcome, x0)
     except TypeError as error:
-        advice = "Return a pytree like x."
-        checklist.fail(name, "a residual like x0", f"this: {error}", advice)
+        got, _, advice = str(error).partition(". ")
+        if outcome is None:
+            got, advice = "None", "Write return ... at the end of residual."
+        advice = _exchanged(residual, theta, x0) or advice
+        checklist.fail(name, "a residual like x0", f"this: {got}", advice)
     checklist.hold(name)
     value = residual(theta, x0)
     finite = np.isfinite(flat_norm(value))
@@ -126,11 +142,40 @@ def _residual(checklist: Checklist, problem: InnerProblem, theta: PyTree, x0: Py
     advice = "Index from the end (x[..., i]) and reduce over named axes, so that a batch can pass."
     loop = stack([value, residual(theta, other)])
     _equal(checklist, "same under vmap", loop, batch, advice)
+    _reads_theta(checklist, problem, theta, x0)
     if depends_on_theta(problem, theta, x0):
         shown = not np.isfinite(flat_norm(residual(all_nan(theta), x0)))
         advice = "Do not replace NaN (jnp.nan_to_num, jnp.where): a failure must stay visible."
         checklist.require("NaN shows", shown, "a non-finite residual", "a finite one", advice)
         checklist.hold("NaN shows")
+
+
+def _exchanged(residual: Callable[[Any, Any], Any], theta: PyTree, x0: PyTree) -> str:
+    """Advice where the residual is like x with θ and x in each other's place."""
+    try:
+        check_like("the residual", jax.eval_shape(residual, x0, theta), theta)
+    except Exception:  # noqa: BLE001
+        return ""
+    return (
+        "With theta and x0 exchanged it would be: the arguments are check_inner_problem(problem, "
+        "theta, x0), and residual(x, theta)."
+    )
+
+
+def _reads_theta(checklist: Checklist, problem: InnerProblem, theta: PyTree, x0: PyTree) -> None:
+    moving = inexact(theta)
+    if not jax.tree.leaves(moving):
+        return
+    name = "depends on theta"
+    checklist.require(
+        name,
+        reads(lambda moving: evaluated(problem, with_inexact(theta, moving), x0), moving),
+        "a residual or an objective that reads theta",
+        "none that does, so that every derivative in theta is zero",
+        "Use the theta that the functions are given, not a variable outside that holds the same; "
+        "give theta=None for a problem without.",
+    )
+    checklist.hold(name)
 
 
 def depends_on_theta(problem: InnerProblem, theta: PyTree, x0: PyTree) -> bool:

@@ -1,6 +1,7 @@
 """Conformance of an inner solver: does it do on a problem what the loop relies on."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,9 @@ from bilevel.budget import Budget
 from bilevel.inner_solve import as_vector, solve
 from bilevel.problem import InnerProblem, as_inner_problem
 from bilevel.solution import Solution
-from bilevel.solver.base import InnerSolver, default_tolerance
+from bilevel.solver.base import InnerSolver, default_tolerance, require_traits
 from bilevel.status import Status
-from bilevel.testing.conformance import Checklist, flat_norm, relative_error
+from bilevel.testing.conformance import Checklist, ConformanceError, flat_norm, relative_error
 from bilevel.testing.counting import CountedProblem, TraceCounter
 from bilevel.testing.inner_problem import depends_on_theta, rounding
 from bilevel.testing.sample import (
@@ -26,6 +27,7 @@ from bilevel.testing.sample import (
     stack,
     stays_single,
 )
+from bilevel.testing.user_code import called, require_instance, require_order, undeclared
 
 FEW = (0, 1, 2, 5)
 """Budgets at which the count of iterations is looked at."""
@@ -66,18 +68,19 @@ def check_inner_solver(
     1. *state*: a step keeps its structure, shapes and dtypes, and the value is like x0.
     2. *start*: no iteration is done before the loop asks for one.
     3. *same under jit*: two steps outside jit and inside give the same.
-    4. *converged means within tolerance*: `CONVERGED` within the budget, with a true
-        residual norm that is at most the tolerance, and `solution` reached.
-    5. *budget respected*: 0, 1, 2, 5 iterations at most, and no fewer unless it stopped for
+    4. *converges within the budget*: it ends as `CONVERGED`.
+    5. *converged means within tolerance*: the true residual norm is then at most the
+        tolerance, and `solution` is reached.
+    6. *budget respected*: 0, 1, 2, 5 iterations at most, and no fewer unless it stopped for
         another reason.
-    6. *residual reported is true*: `residual_norm` is that of the problem at `value`, at
+    7. *residual reported is true*: `residual_norm` is that of the problem at `value`, at
         every budget.
-    7. *one compile for all budgets*: no value of a budget traces the problem anew.
-    8. *warm start*: at the solution no step is taken.
-    9. *NaN in theta*: ends as `NONFINITE` where the problem depends on θ.
-    10. *same under vmap*: a batch of starts gives what each start gives, with its own
+    8. *one compile for all budgets*: no value of a budget traces the problem anew.
+    9. *warm start*: at the solution no step is taken.
+    10. *NaN in theta*: ends as `NONFINITE` where the problem depends on θ.
+    11. *same under vmap*: a batch of starts gives what each start gives, with its own
         iteration count and status.
-    11. *float32 stays float32*: where the problem does not hold double-precision data itself.
+    12. *float32 stays float32*: where the problem does not hold double-precision data itself.
 
     **Arguments:**
 
@@ -90,15 +93,27 @@ def check_inner_solver(
     **Returns:** the names of the properties that were checked.
 
     **Raises:** `ConformanceError` for the first property that does not hold;
-    `IncompatibleError` where the solver refuses the problem.
+    `IncompatibleError` where the solver refuses the problem, `TypeError` for arguments of
+    another kind, or a method that takes its arguments in another order.
 
     >>> import bilevel as bl
     >>> from bilevel.testing import check_inner_solver
     >>> "warm start" in check_inner_solver(bl.Richardson(step_size=0.5))
     True
     """
+    owner, name = "check_inner_solver", type(solver).__name__
+    require_instance(owner, "solver", solver, InnerSolver)
+    require_traits(name, solver.requires)
+    require_order(f"{name}.init", solver.init, ("problem", "x"))
+    require_order(f"{name}.step", solver.step, ("problem", "state", "residual"))
     if problem is None:
         problem, theta, x0 = sample_problem(solver)
+    elif x0 is None:
+        msg = (
+            f"{owner}: a problem comes with theta and x0. Write {owner}(solver, problem, theta, "
+            "x0)."
+        )
+        raise TypeError(msg)
     problem = as_inner_problem(problem)
     theta = jax.tree.map(jnp.asarray, theta)
     x0 = as_vector("x0", x0)
@@ -132,14 +147,30 @@ def _subject(
 def _state(
     checklist: Checklist, solver: InnerSolver, problem: InnerProblem, theta: PyTree, x0: PyTree
 ) -> None:
+    def ran(method: str, *arguments: Any) -> Any:
+        return called(checklist, "state", method, getattr(solver, method), *arguments)
+
     def steps(theta: Any, x: Any) -> tuple[Any, Any, Any]:
-        bound = solver.prepare(problem.at(theta), x)
-        first = solver.init(bound, x)
-        second = solver.step(bound, first, solver.residual(bound, first))
-        third = solver.step(bound, second, solver.residual(bound, second))
+        bound = ran("prepare", problem.at(theta), x)
+        first = ran("init", bound, x)
+        advice = (
+            "Override value(self, state) to return the iterate, or call that part of the state x "
+            "(an attribute, not a key)."
+        )
+        checklist.require_like("state", x, ran("value", first), advice)
+        second = ran("step", bound, first, ran("residual", bound, first))
+        third = ran("step", bound, second, ran("residual", bound, second))
         return first, second, third
 
-    first, second, third = steps(theta, x0)
+    try:
+        first, second, third = steps(theta, x0)
+    except ConformanceError as error:
+        advice = undeclared(solver, problem.at(theta)) if error.__context__ else ""
+        if advice:
+            raise ConformanceError(
+                error.subject, error.broken, error.expected, error.got, advice
+            ) from error.__context__
+        raise
     advice = "Let init make what step returns: same leaves, shapes and dtypes (jnp.asarray counts)."
     checklist.require_like("state", first, second, advice)
     checklist.require_like("state", first, third, advice)
@@ -150,7 +181,7 @@ def _state(
     advice = "Let init place the start into the state as it is, and leave the steps to step."
     checklist.require_close("start", x0, start, 0.0, advice)
     checklist.hold("start")
-    compiled = jax.jit(steps)(theta, x0)[2]
+    compiled = called(checklist, "same under jit", "step", jax.jit(steps), theta, x0)[2]
     advice = "Compute with jax.numpy and jax.lax, and keep no state on the solver."
     checklist.require_close(
         "same under jit", value, solver.value(compiled), 10 * rounding(x0), advice
@@ -159,17 +190,21 @@ def _state(
 
 
 def _converged(checklist: Checklist, subject: _Subject, solution: PyTree | None) -> Solution:
-    name = "converged means within tolerance"
+    name = "converges within the budget"
     solved = subject.solve(subject.theta, subject.x0, subject.budget)
     checklist.require_like(name, subject.x0, solved.value, "Let value return the iterate, like x0.")
-    checklist.require(
-        name,
-        int(solved.status) == Status.CONVERGED,
-        "the status CONVERGED",
-        f"{solved.diagnosis} (after {int(solved.iterations)} iterations, with a residual norm of "
-        f"{float(solved.residual_norm):.1e} for a tolerance of {float(solved.tolerance):.1e})",
-        _advice(subject, solved),
-    )
+    first = subject.residual_norm(subject.theta, subject.x0)
+    if int(solved.status) != Status.CONVERGED:
+        checklist.fail(
+            name,
+            f"a residual norm of at most {float(solved.tolerance):.1e} and the status CONVERGED",
+            f"{Status(int(solved.status)).name} after {int(solved.iterations)} iterations, with a "
+            f"residual norm of {first:.1e} at the start and {float(solved.residual_norm):.1e} at "
+            "the end",
+            _advice(subject, solved, first),
+        )
+    checklist.hold(name)
+    name = "converged means within tolerance"
     true_norm = subject.residual_norm(subject.theta, solved.value)
     # Another order of summation moves a residual that is all rounding.
     tolerance = float(solved.tolerance) * (1 + 1e-3) + _noise(subject, solved)
@@ -178,7 +213,7 @@ def _converged(checklist: Checklist, subject: _Subject, solution: PyTree | None)
         true_norm <= tolerance,
         f"a true residual norm of at most {float(solved.tolerance):.1e}",
         f"{true_norm:.1e}",
-        "Declare recursive = True if the solver keeps its own residual, or override point.",
+        _of_own_residual(subject.solver),
     )
     if solution is not None:
         error = relative_error(solution, solved.value)
@@ -191,11 +226,34 @@ def _converged(checklist: Checklist, subject: _Subject, solution: PyTree | None)
     return solved
 
 
-def _advice(subject: _Subject, solved: Solution) -> str:
+def _of_own_residual(solver: InnerSolver) -> str:
+    """What to look at where the residual that a solver goes by is not the true one."""
+    if solver.recursive:
+        return (
+            "Let residual(problem, state) be what the recursion keeps of the residual at "
+            "value(state): it has drifted from the true one, or belongs to another iterate."
+        )
+    return (
+        "Let residual(problem, state) be the problem's at point(state), or declare "
+        "recursive = True if the solver keeps its own."
+    )
+
+
+def _advice(subject: _Subject, solved: Solution, first: float) -> str:
     """What to look at where a solve did not converge."""
     few = Budget(iterations=FEW[-1])
     after = float(subject.solve(subject.theta, subject.x0, few).residual_norm)
-    first = subject.residual_norm(subject.theta, subject.x0)
+    last = float(solved.residual_norm)
+    solver = subject.solver
+    bound = solver.prepare(subject.problem.at(subject.theta), subject.x0)
+    own = flat_norm(solver.residual(bound, solver.init(bound, subject.x0)))
+    if abs(own - first) > rounding(subject.x0) * max(own, first):
+        return f"The solver takes the first residual norm for {own:.1e}. {_of_own_residual(solver)}"
+    if relative_error(subject.x0, solved.value) == 0 or last == first == after:
+        return (
+            "The residual did not move: step returned the iterate that it was given. Look for a "
+            "step of length zero, and for a new state that is not returned."
+        )
     if int(solved.status) == Status.DIVERGED or after > first:
         return (
             f"The residual norm grew, from {first:.1e} to {after:.1e} in {FEW[-1]} iterations: the "
@@ -203,7 +261,25 @@ def _advice(subject: _Subject, solved: Solution) -> str:
             "problem.residual, point downhill: x + α·residual with a small α > 0 moves towards "
             "the solution."
         )
-    return "Give a problem that the solver suits, settings that suit the problem, or budget=."
+    rate = (after / first) ** (1 / FEW[-1])
+    if int(solved.status) == Status.BUDGET and last < 0.5 * first:
+        more = _iterations_needed(solved, first)
+        return (
+            f"It converges, but slowly. Give budget=Budget(iterations={more}, rtol=...), settings "
+            "that suit the problem, or a problem that the solver suits."
+        )
+    return (
+        f"{Status(int(solved.status)).diagnosis} It left {rate:.2g} of the residual in each of the "
+        "first steps. Give settings that suit the problem, a problem that the solver suits, or "
+        "budget=."
+    )
+
+
+def _iterations_needed(solved: Solution, first: float) -> int:
+    """Iterations to the tolerance at the rate of the whole solve, and half as many again."""
+    done = math.log(first / float(solved.residual_norm))
+    wanted = math.log(first / float(solved.tolerance))
+    return math.ceil(1.5 * int(solved.iterations) * wanted / done)
 
 
 def _noise(subject: _Subject, solved: Solution) -> float:
@@ -235,8 +311,7 @@ def _budgets(checklist: Checklist, subject: _Subject) -> None:
             <= rounding(subject.x0) * max(true_norm, reported) + _noise(subject, solved),
             f"the problem's residual norm at the value, {true_norm:.6g}, after {count} iterations",
             f"{reported:.6g}",
-            "Let residual(problem, state) be the problem's at point(state), or declare "
-            "recursive = True.",
+            _of_own_residual(subject.solver),
         )
         if number == 0:
             traces = subject.counter.count

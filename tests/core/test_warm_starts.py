@@ -3,6 +3,7 @@
 import itertools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -90,3 +91,17 @@ def test_a_residual_that_is_not_defined_beside_the_start_has_the_first_one_as_sc
     solution = bl.solve(problem, 0.0, jnp.ones(1), solver=bl.FixedPointIteration())
     assert int(solution.status) == bl.Status.CONVERGED
     assert float(solution.scale) == 0.5
+
+
+def test_only_for_a_nonlinear_residual_does_the_scale_belong_to_the_start():
+    """What `Solution.scale` says: a restart at a solution is not held to the cold start's scale."""
+    problem, solver = bl.Minimization(logistic), bl.LBFGS()
+    cold = bl.solve(problem, 0.2, jnp.zeros(10), solver=solver)
+    warm = bl.solve(problem, 0.2, cold.value, solver=solver)
+    curvature = jax.hessian(logistic)(cold.value, 0.2)
+    np.testing.assert_allclose(warm.scale, np.linalg.norm(curvature @ cold.value), rtol=1e-3)
+    assert float(warm.scale) < 0.9 * float(cold.scale)
+    absolute = bl.solve(
+        problem, 0.2, cold.value, solver=solver, budget=bl.Budget(atol=float(cold.tolerance))
+    )
+    assert int(absolute.iterations) == 0

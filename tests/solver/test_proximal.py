@@ -415,7 +415,7 @@ def test_wrong_pairings_name_what_to_use():
     for solver in (bl.GradientDescent(0.1), bl.HeavyBall(0.1, 0.5), bl.LBFGS()):
         with pytest.raises(bl.IncompatibleError, match=r"CompositeMinimization.*objective"):
             bl.solve(LASSO, THETA, jnp.zeros(SIZE), solver=solver)
-    with pytest.raises(bl.IncompatibleError, match="ProximalGradient for a CompositeMinimization"):
+    with pytest.raises(bl.IncompatibleError, match="Use ProximalGradient or Anderson"):
         bl.solve(LASSO, THETA, jnp.zeros(SIZE), solver=bl.LBFGS())
     smooth = bl.Minimization(least_squares)
     with pytest.raises(bl.IncompatibleError, match=r"needs a CompositeMinimization.*LBFGS"):
