@@ -20,8 +20,8 @@ SYNTAX = {
 MEANING = {
     "full": "the full solve in every step",
     "fixed": "K primal and M adjoint iterations (M = K by default) in every step",
-    "best-fixed": "the constant level of the ladder with the least work to the target, "
-    "searched with RUNS runs (default 8)",
+    "best-fixed": "the cheapest constant level of the ladder that ends where full ends but for "
+    "the margin, searched among RUNS levels (default 8)",
     "schedule": "STEP levels up the ladder every epoch",
     "hoag": "tolerances that fall by HOAG's sequences, 1e-3 at the start",
     "prdp": "progressive refinement by the published rule",

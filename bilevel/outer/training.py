@@ -26,6 +26,7 @@ from bilevel.outer.run import Run, summarize
 from bilevel.outer.settings import LoopSettings
 from bilevel.outer.tally import Tally
 from bilevel.outer.task import Task
+from bilevel.outer.timing import solver_seconds
 from bilevel.outer.update import ERRORS, Update, make_update
 from bilevel.refinement.fidelity import Fidelity
 from bilevel.refinement.namespace import on_host
@@ -372,6 +373,23 @@ class Training:
                 raise
 
         return Executable(outer_validation)
+
+    def solver_seconds(self, share: float = 0.05) -> float | None:
+        """What the solves' iterations took, timed after the run; see `timing.solver_seconds`.
+
+        **Arguments:**
+
+        - `share`: of the run's wall time that this may take.
+        """
+        if self._update.count != 1 or jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
+            return None  # several sizes of problem, each with iterations of its own
+        batch = next(self._task.epoch_batches(max(self._epoch, 1), self._key))
+        return solver_seconds(
+            lambda fidelity: self._update(self._trained, self._optimizer_state, batch, fidelity)[2],
+            self._control.fidelity,
+            self._history,
+            limit=share * self._history[-1].elapsed,
+        )
 
 
 def limits(fidelity: Fidelity) -> dict[str, float | int | None]:

@@ -116,6 +116,20 @@ def test_settings_take_the_types_of_the_arguments(write: Write, invoke: Invoke):
     assert summary["first_metric"] == 3.0
 
 
+def test_a_size_is_a_setting(write: Write, invoke: Invoke):
+    sized = TASK.replace('kind: Literal["a", "b"]', 'size: Literal["a", "b"]').replace(
+        "{kind}", "{size}"
+    )
+    path = write(sized)
+    for words in (("--size", "b"), ("--set", "size=b"), ("--set", "plain=3", "--size", "b")):
+        code, out, err = invoke("run", path, *words, "--discard", "--json", "--quiet")
+        assert code == 0, err
+        assert json.loads(out)["task"] == "b3False"
+    code, _, err = invoke("run", path, "--size", "c", "--discard")
+    assert code == 2
+    assert "--set size=c: size should be 'a' or 'b'" in err
+
+
 def test_a_run_is_resumed_or_replaced(write: Write, invoke: Invoke, tmp_path: Path):
     words = ("run", write(), "--quiet", "--directory", str(tmp_path / "r"))
     assert invoke(*words)[0] == 0
@@ -256,6 +270,7 @@ TASKS = SEVERAL + "first = t.Task(1.0, loss)\nsecond = t.Task(1.0, loss)\nnumber
         (["run", "problem.py", "--seed", "x"], "'x' is no seed"),
         (["run", "problem.py", "--set", "n"], "'n' is not of the form NAME=VALUE"),
         (["run", "problem.py", "--set", "strat=1"], "no argument 'strat'; did you mean start?"),
+        (["run", "problem.py", "--size", "small"], "task has no argument 'size'"),
         (["run", "problem.py", "--set", "start=x"], "start should be a valid number"),
         (["run", "problem.py", "--set", "kind=c"], "kind should be 'a' or 'b'"),
         (["run", "problem.py", "--set", "shape=3"], "--set shape=3: shape"),
