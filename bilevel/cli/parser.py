@@ -17,6 +17,7 @@ _POLICIES = """policies:
   hoag=SEQUENCE            HOAG's tolerances: exponential, quadratic or cubic
   prdp                     progressive refinement, the published rule
   error                    the gradient's error kept below its norm
+  auto                     nothing to set: gradients compared at several levels now and then
   task                     the controller that the task brings
 """
 

@@ -48,7 +48,8 @@ class Control:
             msg = (
                 f"optimize: {type(controller).__name__} needs the truncation error of the "
                 "gradient, which a loss alone does not tell. Give the task hypergradient= (see "
-                "bl.hypergradient) in place of loss=, or take another controller."
+                "bl.hypergradient) in place of loss=, or the controller a method finer(state) "
+                "(see bl.ErrorControlled), or take another controller."
             )
             raise TypeError(msg)
         # Bound once: a method of an equinox module costs tens of microseconds to look up.
@@ -122,6 +123,20 @@ class Control:
         """Go on from a state that was kept."""
         self.state = state
         self.fidelity = uniform(self._look_up(state))
+
+    def take(self, gradient_norm: float, differences: Any = None) -> None:
+        """Take in one update, for a controller that is told of each.
+
+        **Arguments:**
+
+        - `gradient_norm`: NaN where it was not usable.
+        - `differences`: where gradients were compared.
+        """
+        number = _number(gradient_norm, jnp.result_type(float))
+        before = self.state
+        self.state = self._decide(before, gradient_norm=number, error=differences)
+        if int(self.state.level) != int(before.level):
+            self.fidelity = uniform(self._look_up(self.state))
 
     def advance(
         self,

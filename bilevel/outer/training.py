@@ -19,7 +19,9 @@ from bilevel.outer.checkpoint import is_array
 from bilevel.outer.control import Control, strong
 from bilevel.outer.executable import Executable
 from bilevel.outer.fingerprint import fingerprint
+from bilevel.outer.gradients import GradientComparison, measured_in
 from bilevel.outer.history import History, Record
+from bilevel.outer.limits import limits
 from bilevel.outer.metric import real_number, widened
 from bilevel.outer.progress import Reporter, Silence, batches_in
 from bilevel.outer.run import Run, summarize
@@ -27,9 +29,9 @@ from bilevel.outer.settings import LoopSettings
 from bilevel.outer.tally import Tally
 from bilevel.outer.task import Task
 from bilevel.outer.timing import solver_seconds
-from bilevel.outer.update import ERRORS, Update, make_update
+from bilevel.outer.update import ERRORS, REPORT, Report
+from bilevel.outer.updater import PartedUpdate, WholeUpdate, compares, measures
 from bilevel.refinement.fidelity import Fidelity
-from bilevel.refinement.namespace import on_host
 
 
 class NonFiniteStreak(Exception):  # noqa: N818
@@ -69,9 +71,16 @@ class Training:
         self._control = Control(
             controller,
             measures_metric=task.validate is not None,
-            measures_error=task.hypergradient is not None,
+            measures_error=task.hypergradient is not None or measures(controller, task),
         )
-        self._update = Executable(self._arrays_only(make_update(task, optimizer)))
+        self._compares, self._measures = compares(controller), measures(controller, task)
+        self._comparison: GradientComparison | None = None
+        self._update: WholeUpdate | PartedUpdate
+        if self._compares or self._measures:
+            self._update = PartedUpdate(task, optimizer, self._optimizer_static)
+            self._comparison = GradientComparison(controller, self._update, self._spend)
+        else:
+            self._update = WholeUpdate(task, optimizer, self._optimizer_static)
         self._validation = self._compiled_validation() if task.jit_validate else None
 
         self._tally = Tally()
@@ -185,28 +194,35 @@ class Training:
         if batches is None:
             batches = self._task.epoch_batches(number, self._key)
         self._tally.begin()
+        if self._comparison is not None:
+            self._comparison.begin()
         watch = self._watch()
+        before: PyTree = None
+        batch: Any = None
         for batch in batches:
             self._progress.batch(self._batch + 1, count)
+            before, fidelity = self._trained, self._control.fidelity
             self._trained, self._optimizer_state, report = self._update(
                 self._trained, self._optimizer_state, batch, fidelity
             )
             self._batch += 1
             self._tally.add(report)
+            if self._compares:
+                self._compare(before, batch, fidelity, report)
             self._check_streak()
         self._tally.finish()
         self._check_streak()
+        errors: Any = [self._tally.mean(part) for part in ERRORS]
+        if self._measures:
+            errors = self._measured(before, batch, fidelity, number)
         seconds = watch()
 
         validation_seconds = self._validate()
         if self._task.validate is None:
             self._metric = self._tally.mean("loss")
         spent = limits(fidelity)
-        self._control.advance(
-            self._metric,
-            self._tally.mean("gradient_norm"),
-            [self._tally.mean(part) for part in ERRORS],
-        )
+        if errors is not None and not self._compares:
+            self._control.advance(self._metric, self._tally.mean("gradient_norm"), errors)
         self._epoch, self._batch = number, 0
         self._record(
             seconds=seconds,
@@ -215,6 +231,31 @@ class Training:
             **self._tally.numbers(),
         )
         self._object()
+
+    def _compare(self, before: PyTree, batch: Any, fidelity: Fidelity, report: Report) -> None:
+        """Tell the controller of one update, and of other levels where it asks for them."""
+        assert self._comparison is not None
+        numbers = np.asarray(report)
+        finite, norm = (numbers[REPORT.index(name)] for name in ("finite", "gradient_norm"))
+        differences = None
+        if finite:
+            state = self._control.state
+            differences = self._comparison.differences(state, fidelity, before, batch)
+        self._control.take(norm, differences)
+
+    def _measured(
+        self, before: PyTree, batch: Any, fidelity: Fidelity, epoch: int
+    ) -> list[float] | None:
+        """The error of the epoch's last gradient, where it is measured in this epoch."""
+        assert self._comparison is not None
+        if not measured_in(epoch, self._batch):
+            return None
+        error = self._comparison.error(self._control.state, fidelity, before, batch)
+        return [float(part) for part in error]
+
+    def _spend(self, report: Report) -> None:
+        """Count the work of a gradient that nothing was done with."""
+        self._tally.spend(report)
 
     def _object(self) -> None:
         """Say, once, that the controller has been given what it cannot use."""
@@ -349,14 +390,6 @@ class Training:
         # A key of its own for every epoch: a resumed run draws what it would have drawn.
         return jax.random.fold_in(jax.random.key(self._settings.seed), epoch)
 
-    def _arrays_only(self, update: Update) -> Callable[..., Any]:
-        def outer_update(trained: PyTree, state: PyTree, batch: Any, fidelity: Fidelity) -> Any:
-            whole = eqx.combine(state, self._optimizer_static)
-            trained, whole, report = update(trained, whole, batch, fidelity)
-            return trained, eqx.filter(whole, is_array), report
-
-        return outer_update
-
     def _compiled_validation(self) -> "Executable[[PyTree], Any] | None":
         validate = self._task.validate
         if validate is None:
@@ -390,19 +423,6 @@ class Training:
             self._history,
             limit=share * self._history[-1].elapsed,
         )
-
-
-def limits(fidelity: Fidelity) -> dict[str, float | int | None]:
-    """The numbers of a fidelity as fields of a record."""
-    host: Fidelity = fidelity if on_host(fidelity) else jax.device_get(fidelity)
-    level = None if host.level is None else int(host.level)
-    fields: dict[str, float | int | None] = {"level": level}
-    for prefix, budget in (("budget", host.budget), ("adjoint_budget", host.adjoint_budget)):
-        if budget is not None:
-            fields[f"{prefix}_iterations"] = int(budget.iterations)
-            fields[f"{prefix}_rtol"] = float(budget.rtol)
-            fields[f"{prefix}_atol"] = float(budget.atol)
-    return fields
 
 
 def _device(tree: PyTree) -> str:
