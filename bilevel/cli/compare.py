@@ -78,6 +78,7 @@ def compare(options: argparse.Namespace, words: Sequence[str]) -> int:
                 directory / "comparison.png",
                 title=outcome.task,
                 metric_name=outcome.metric_name,
+                target=outcome.mean_target,
             )
         except MissingPlotsError as error:
             say(f"no picture: {error}")

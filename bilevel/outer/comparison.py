@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from bilevel.outer import text
 from bilevel.outer.history import decode_number, encode
 from bilevel.outer.path import budget_path, budgets_in_words
-from bilevel.outer.row import Row
+from bilevel.outer.row import Row, outcome
 from bilevel.outer.run import COMPLETED, STOPPED, Run
+from bilevel.outer.sheet import Sheet
 from bilevel.outer.spread import CONFIDENCE, Spread
 from bilevel.outer.tables import until_target, whole_runs
 
 COMPARISON_FILE = "comparison.json"
+TABLE_FILE = "comparison.md"
 FULL = "full"
 SEARCH = "best-fixed"
 
@@ -142,19 +143,35 @@ class Comparison:
 
     def table(self) -> Group:
         """Two printable tables: whole runs, and what it took to the target; then notes."""
+        return Group(*self._sheets, *(Text(note) for note in self.notes))
+
+    @property
+    def _sheets(self) -> list[Sheet]:
         rows = self.rows
-        parts: list[Table | Text] = [whole_runs(rows, self.task, self.metric_name)]
+        sheets = [whole_runs(rows, self.task, self.metric_name)]
         if any(row.reached is not None for row in rows):
-            parts.append(until_target(rows, self.goal))
-        return Group(*parts, *(Text(note) for note in self.notes))
+            sheets.append(until_target(rows, self.goal))
+        return sheets
+
+    def to_markdown(self) -> str:
+        """The tables and notes in Markdown, with what made them."""
+        lines = [f"**{sheet.title}**\n\n{sheet.markdown()}\n" for sheet in self._sheets]
+        lines.append("\n".join(f"- {note}" for note in [*self.notes, *_origin_notes(self.origin)]))
+        return "\n".join(lines)
 
     @property
     def goal(self) -> str:
         """What policies are timed to, in words."""
-        level = Spread.of([self.target_of(place) for place in range(self._seeds)])
-        where = text.NOTHING if level is None else text.number(level.mean)
         how = "" if self.target is not None else f", full's final one + {self._percent}"
-        return f"until {self.metric_name} ≤ {where}{how}"
+        if how and self._seeds > 1:
+            how += ", seed by seed"
+        return f"until {self.metric_name} ≤ {text.number(self.mean_target)}{how}"
+
+    @property
+    def mean_target(self) -> float | None:
+        """What policies are timed to, mean over the seeds."""
+        targets = Spread.of([self.target_of(place) for place in range(self._seeds)])
+        return None if targets is None else targets.mean
 
     @property
     def _percent(self) -> str:
@@ -187,10 +204,11 @@ class Comparison:
         return json.dumps(encode(fields), indent=2, allow_nan=False)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `comparison.json`; the runs have written themselves."""
+        """Write `comparison.json` and `comparison.md`; the runs have written themselves."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / COMPARISON_FILE).write_text(self.to_json() + "\n", encoding="utf-8")
+        (directory / TABLE_FILE).write_text(self.to_markdown() + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, directory: str | os.PathLike[str]) -> Self:
@@ -236,20 +254,22 @@ class Comparison:
         targets = [self.target_of(place) for place in range(len(runs))]
         arrivals = [Arrival.of(run, target) for run, target in zip(runs, targets, strict=True)]
         reached = [arrival for arrival in arrivals if arrival is not None]
-        others = sorted({run.status for run in runs} - {COMPLETED})
         full = self.runs.get(FULL, [])
         pairs = list(zip(runs, full, strict=False))
+        ended = all(run.status in (COMPLETED, STOPPED) for pair in pairs for run in pair)
+        bases = [Arrival.of(run, target) for run, target in zip(full, targets, strict=False)]
+        both = [(mine, base) for mine, base in zip(arrivals, bases, strict=False) if mine and base]
         return Row(
             policy=policy,
             runs=len(runs),
-            status=", ".join(others) or COMPLETED,
+            status=outcome(runs),
             final_metric=Spread.of([summary.final_metric for summary in summaries]),
             best_metric=Spread.of([summary.best_metric for summary in summaries]),
-            relative_metric=Spread.of([_ratio(run, base) for run, base in pairs]),
+            relative_metric=Spread.of([_ratio(run, base) for run, base in pairs if ended]),
             primal_iterations=Spread.of([summary.primal_iterations for summary in summaries]),
             adjoint_iterations=Spread.of([summary.adjoint_iterations for summary in summaries]),
             work=Spread.of([summary.work for summary in summaries]),
-            saved=_saved_part(pairs),
+            saved=_saved([(run.summary.work, base.summary.work) for run, base in pairs if ended]),
             seconds=Spread.of([summary.seconds for summary in summaries]),
             seconds_without_compile=Spread.of(
                 [summary.seconds_without_compile for summary in summaries]
@@ -264,6 +284,8 @@ class Comparison:
             seconds_to_target_without_compile=Spread.of(
                 [arrival.seconds_without_compile for arrival in reached]
             ),
+            saved_to_target=_saved([(mine.work, base.work) for mine, base in both]),
+            seconds_saved_to_target=_saved([(mine.seconds, base.seconds) for mine, base in both]),
         )
 
     @property
@@ -308,6 +330,8 @@ class Comparison:
         if self.search:
             tried = "; ".join(
                 f"{each.budget}: {text.number(each.metric)}"
+                # Another mean than its neighbours', with which it may not be in order.
+                + (f" ({each.runs} of {self._seeds} seeds)" if each.runs < self._seeds else "")
                 for each in sorted(self.search, key=lambda each: each.level)
             )
             lines[0] += f" Tried: {tried}."
@@ -323,17 +347,35 @@ def _is_search(policy: str) -> bool:
     return policy.partition("=")[0] == SEARCH
 
 
+def _origin_notes(origin: Mapping[str, Any]) -> list[str]:
+    """What made a comparison, as far as it is known."""
+    if not origin:
+        return []
+    machine, versions = origin["machine"], origin["versions"]
+    command = f"`{origin['command']}`, " if origin["command"] else ""
+    core = "core" if machine["cores"] == 1 else "cores"
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    devices = ", ".join(machine["devices"])
+    where = f"{machine['processor']}, {machine['cores']} {core}, device {devices}"
+    return [
+        f"Made by {command}{origin['date']}, on {where}; {machine['dtype']} by default.",
+        f"Versions: {packages}.",
+    ]
+
+
 def _ratio(run: Run, base: Run) -> float | None:
+    """`None` where the reference is no positive number: a ratio would say nothing."""
     mine, reference = run.summary.final_metric, base.summary.final_metric
-    return mine / reference if mine is not None and reference else None
+    return mine / reference if mine is not None and reference and reference > 0 else None
 
 
-def _saved_part(pairs: Sequence[tuple[Run, Run]]) -> float | None:
-    """Part of the second runs' work that the first save; `None` where it was not counted."""
-    works = [(run.summary.work, base.summary.work) for run, base in pairs]
-    mine, full = (sum(work[side] or 0 for work in works) for side in (0, 1))
-    counted = all(work is not None for pair in works for work in pair)
-    return 1 - mine / full if counted and full else None
+def _saved(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
+    """Part of the second numbers' sum that the first save; `None` where one is missing."""
+    known = [(mine, full) for mine, full in pairs if mine is not None and full is not None]
+    full = sum(base for _, base in known)
+    if len(known) < len(pairs) or not full > 0:
+        return None
+    return 1 - sum(mine for mine, _ in known) / full
 
 
 def _relative(run: Run) -> str:

@@ -35,7 +35,9 @@ def budget_path(run: Run) -> list[dict[str, Any]]:
 
 
 def budgets_in_words(runs: Sequence[Run]) -> str:
-    """Where the budgets began and ended, by way of their largest: `1→14`, `25`, `1→9 / 1→4`.
+    """Where the budgets began and ended: `1→14`, `25`, `1→9 / 1→4`.
+
+    In between stands their finest where that was neither, `1→14→9`, else their coarsest.
 
     **Arguments:**
 
@@ -63,11 +65,12 @@ def _in_words(runs: Sequence[Run], side: str) -> str:
     values = [[entry[moving] for entry in path] for path in paths]
     starts, ends = ({path[place] for path in values} for place in (0, -1))
     # The fewest iterations are the coarsest budget, the largest tolerance is.
-    finest = max if moving == 0 else min
-    extreme = finest(value for path in values for value in path)
+    finest, coarsest = (max, min) if moving == 0 else (min, max)
+    turns = [
+        extreme({value for path in values for value in path}) for extreme in (finest, coarsest)
+    ]
     words = [_span(starts, moving)]
-    if extreme not in starts | ends:
-        words.append(_span({extreme}, moving))
+    words += [_span({turn}, moving) for turn in turns if turn not in starts | ends][:1]
     if len(values[0]) > 1 or len(ends) > 1:
         words.append(_span(ends, moving))
     return ("" if moving == 0 else "tol ") + "→".join(words)

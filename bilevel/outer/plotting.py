@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from bilevel.budget import UNLIMITED
+from bilevel.outer import text
 from bilevel.outer.history import History
-from bilevel.outer.run import Run
+from bilevel.outer.row import outcome
+from bilevel.outer.run import COMPLETED, Run
 from bilevel.outer.spread import Spread
 
 # Okabe and Ito's palette, which stays apart under every kind of colour blindness, without
@@ -42,6 +44,7 @@ def plot_runs(
     *,
     title: str = "",
     metric_name: str = "metric",
+    target: float | None = None,
 ) -> Path:
     """Draw where runs went, what they spent, and by which budgets.
 
@@ -57,6 +60,7 @@ def plot_runs(
     - `path`: of the picture; the ending says the format, PNG, PDF or SVG.
     - `title`: above the names of the policies.
     - `metric_name`: what the metric is, with its unit.
+    - `target`: a metric to be marked by a line, such as the one that policies are timed to.
 
     **Returns:** the path.
 
@@ -77,13 +81,14 @@ def plot_runs(
         raise ValueError(msg)
     steps = _steps_name(drawn)
     by_cap, by_tolerance = _budget_kinds(drawn)
-    curves = [_Panel(steps, metric_name, _epochs, _column("metric"), drawn)]
+    metric = _column("metric")
+    curves = [_Panel(steps, metric_name, _epochs, metric, drawn, mark=target)]
     counted = any(run.history.work for group in drawn.values() for run in group)
     if counted:
         work = "Σ primal and adjoint iterations"
-        curves.append(_Panel(work, metric_name, _work, _column("metric"), drawn))
+        curves.append(_Panel(work, metric_name, _work, metric, drawn, mark=target))
     seconds = "wall time without compilation, s"
-    curves.append(_Panel(seconds, metric_name, _seconds, _column("metric"), drawn))
+    curves.append(_Panel(seconds, metric_name, _seconds, metric, drawn, mark=target))
     below: list[_Panel | _Bars] = []
     if by_cap or not by_tolerance:
         name = "budget: iterations allowed in a solve"
@@ -105,8 +110,8 @@ def plot_runs(
     looks = _looks(list(drawn))
     for panel, axis in _placed(figure, rows):
         panel.draw(axis, looks)
-    _legend(figure, looks, title, columns=2 * across)
-    if notes := _notes(drawn, by_cap, by_tolerance):
+    _legend(figure, _labels(drawn), looks, title, columns=2 * across)
+    if notes := _notes(drawn, by_cap, by_tolerance, target):
         figure.supxlabel("\n".join(notes), x=0.01, ha="left", fontsize=8, color="#444444")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +125,10 @@ Lines = Sequence[tuple[np.ndarray, np.ndarray]]
 
 
 class _Panel:
-    """Lines of all policies; `adjoint` is drawn dashed beside `y` where it differs."""
+    """Lines of all policies; `adjoint` is drawn dashed beside `y` where it differs.
+
+    A thin line across is at the height of `mark`.
+    """
 
     def __init__(
         self,
@@ -130,6 +138,7 @@ class _Panel:
         y: Series,
         runs: Runs,
         adjoint: Series | None = None,
+        mark: float | None = None,
     ):
         self.x_name = x_name
         self.y_name = y_name
@@ -137,6 +146,7 @@ class _Panel:
         self.y = y
         self.runs = runs
         self.adjoint = adjoint
+        self.mark = mark
 
     def draw(self, axis: Any, looks: Mapping[str, dict[str, Any]]) -> None:
         heights: list[np.ndarray] = []
@@ -156,6 +166,9 @@ class _Panel:
                 _draw_lines(axis, lines, style)
                 heights += [y for _, y in lines]
                 spans += [x for x, _ in lines]
+        if self.mark is not None and heights:
+            axis.axhline(self.mark, color="#555555", lw=1, linestyle=(0, (1, 2)), zorder=2.5)
+            heights.append(np.array([self.mark]))
         _scale(axis.set_yscale, axis.yaxis, heights, whole=self.y is _allowed)
         if self.x is _work:
             _scale(axis.set_xscale, axis.xaxis, spans, least=2.0)
@@ -272,12 +285,27 @@ def _looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     return looks
 
 
-def _legend(figure: Any, looks: Mapping[str, dict[str, Any]], title: str, columns: int) -> None:
+def _labels(runs: Runs) -> dict[str, str]:
+    """Policies, with what became of those that did not come to their end."""
+    outcomes = {name: outcome(group) for name, group in runs.items()}
+    return {
+        name: name if status == COMPLETED else f"{name} ({status})"
+        for name, status in outcomes.items()
+    }
+
+
+def _legend(
+    figure: Any,
+    labels: Mapping[str, str],
+    looks: Mapping[str, dict[str, Any]],
+    title: str,
+    columns: int,
+) -> None:
     """Names above all panels, where they are in no line's way; the title above them."""
     from matplotlib.lines import Line2D  # noqa: PLC0415
 
     figure.legend(
-        handles=[Line2D([], [], label=name, **look) for name, look in looks.items()],
+        handles=[Line2D([], [], label=labels[name], **look) for name, look in looks.items()],
         loc="outside upper left",
         ncols=min(len(looks), columns),
         frameon=False,
@@ -289,8 +317,10 @@ def _legend(figure: Any, looks: Mapping[str, dict[str, Any]], title: str, column
     )
 
 
-def _notes(runs: Runs, by_cap: Runs, by_tolerance: Runs) -> list[str]:
+def _notes(runs: Runs, by_cap: Runs, by_tolerance: Runs, target: float | None) -> list[str]:
     notes: list[str] = []
+    if target is not None:
+        notes.append(f"Dotted: what policies are timed to, {text.number(target)}.")
     most = max(len(group) for group in runs.values())
     if most > 1:
         notes.append(
@@ -400,7 +430,7 @@ def _scale(
         axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     else:
         axis.set_major_locator(LogLocator(numticks=7))
-    plain = low >= 1e-2 and high < 1e4
+    plain = low >= 1e-2 and high < 1e6
     axis.set_major_formatter(FuncFormatter(_number) if plain else LogFormatterMathtext())
 
 

@@ -3,9 +3,11 @@
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from scipy.special import stdtrit
+
+from bilevel.outer import text
 
 CONFIDENCE = 0.95
 """Of the interval that a spread tells."""
@@ -43,15 +45,33 @@ class Spread:
         quantile = float(stdtrit(count - 1, 0.5 + CONFIDENCE / 2))
         return cls(mean, deviation, count, quantile * deviation / math.sqrt(count))
 
-    def show(self, form: Callable[[float | None], str]) -> str:
+    def show(self, form: text.Form) -> str:
         """The mean, and ± half the confidence interval where there is one.
+
+        Both end with the second digit of what is uncertain, for digits beyond say nothing, or
+        with the fourth of the larger.
 
         **Arguments:**
 
-        - `form`: writes a number.
+        - `form`: writes a number; with an exponent where it is very large or small.
+
+        >>> Spread(12.3456, 0.4, 3, 0.72).show(text.number)
+        '12.35 ± 0.72'
         """
-        if not self.confidence:
+        half = self.confidence
+        if not half:
             return form(self.mean)
-        # Digits beyond the second of what is uncertain say nothing.
-        digits = 1 - math.floor(math.log10(self.confidence))
-        return f"{form(self.mean)} ± {form(round(self.confidence, digits))}"
+        size = max(abs(self.mean), half)
+        exponent = form(size).partition("e")[2]
+        scale = 10.0 ** int(exponent or 0)
+        shown = min(_last_place(half / scale, 2), max(_last_place(size / scale, 4), 0))
+        mean, half = (round(value / scale, shown) for value in (self.mean, half))
+        if not half:
+            return form(self.mean)
+        written = f"{mean:,.{max(shown, 0)}f} ± {half:,.{max(shown, 0)}f}"
+        return f"({written})e{exponent}" if exponent else written
+
+
+def _last_place(value: float, digits: int) -> int:
+    """The decimal place of a number's last digit, of so many."""
+    return digits - 1 - math.floor(math.log10(value))

@@ -1,19 +1,17 @@
-"""Tables: a comparison on a screen."""
+"""Tables: what a comparison says of its policies."""
 
-from collections.abc import Callable, Sequence
-
-from rich.markup import escape
-from rich.table import Table
+from collections.abc import Sequence
 
 from bilevel.outer import text
 from bilevel.outer.row import Row
 from bilevel.outer.run import COMPLETED
+from bilevel.outer.sheet import Column, Sheet
 from bilevel.outer.spread import Spread
 
 _FULL = "full"
 
 
-def whole_runs(rows: Sequence[Row], task: str, metric_name: str) -> Table:
+def whole_runs(rows: Sequence[Row], task: str, metric_name: str) -> Sheet:
     """What whole runs came to, and what they spent.
 
     **Arguments:**
@@ -21,35 +19,31 @@ def whole_runs(rows: Sequence[Row], task: str, metric_name: str) -> Table:
     - `rows`: one a policy.
     - `task`, `metric_name`: what was trained and measured.
     """
-    table = text.table(title=escape(f"{task}, whole runs"))
-    _columns(
-        table,
-        escape(metric_name),
-        "× full",
-        "Σ primal",
-        "Σ adjoint",
-        "saved",
-        "solver, s",
-        "wall, s",
-        "compiles",
+    names = [
+        row.policy if row.status == COMPLETED else f"{row.policy} ({row.status})" for row in rows
+    ]
+
+    def shown(name: str, form: text.Form, head: str) -> Column:
+        return Column(head, [_show(getattr(row, name), form) for row in rows])
+
+    saved = [text.NOTHING if row.policy == _FULL else _part(row.saved) for row in rows]
+    return Sheet(
+        f"{task}, whole runs",
+        [
+            Column("policy", names, words=True),
+            shown("final_metric", text.number, f"final {metric_name}"),
+            shown("relative_metric", text.ratio, "× full"),
+            shown("primal_iterations", text.count, "Σ primal"),
+            shown("adjoint_iterations", text.count, "Σ adjoint"),
+            Column("saved", saved),
+            Column("solver, s", [_mean(row.solver_seconds, text.seconds) for row in rows]),
+            shown("seconds", text.seconds, "wall, s"),
+            Column("compiles", [_mean(row.compilations, text.number) for row in rows]),
+        ],
     )
-    for row in rows:
-        status = "" if row.status == COMPLETED else f" ({row.status})"
-        table.add_row(
-            f"{row.policy}{status}",
-            _show(row.final_metric, text.number),
-            _mean(row.relative_metric, "{:.3g}".format),
-            _show(row.primal_iterations, text.count),
-            _show(row.adjoint_iterations, text.count),
-            "" if row.policy == _FULL else _part(row.saved),
-            _mean(row.solver_seconds, text.seconds),
-            _show(row.seconds, text.seconds),
-            _mean(row.compilations, text.number),
-        )
-    return table
 
 
-def until_target(rows: Sequence[Row], goal: str) -> Table:
+def until_target(rows: Sequence[Row], goal: str) -> Sheet:
     """What it took to get to a target, and the budgets on the way.
 
     **Arguments:**
@@ -57,52 +51,48 @@ def until_target(rows: Sequence[Row], goal: str) -> Table:
     - `rows`: one a policy.
     - `goal`: the target in words.
     """
-    table = text.table(title=escape(goal))
-    _columns(table, "epochs", "Σ iterations", "saved", "wall, s", "saved", "without compile")
-    table.add_column("budgets of the run", no_wrap=True)
-    base = next((row for row in rows if row.policy == _FULL), None)
-    for row in rows:
-        if not row.reached:
-            table.add_row(row.policy, "not reached", *[""] * 5, row.budgets)
-            continue
-        part = "" if row.reached == row.runs else f" ({row.reached} of {row.runs})"
-        cells = [f"{row.policy}{part}", _mean(row.epochs_to_target, text.count)]
-        for name, form in (("work_to_target", text.count), ("seconds_to_target", text.seconds)):
-            value: Spread | None = getattr(row, name)
-            reference: Spread | None = None if base is None else getattr(base, name)
-            cells.append(_show(value, form))
-            cells.append("" if row.policy == _FULL else _part(saved(value, reference)))
-        cells.append(_mean(row.seconds_to_target_without_compile, text.seconds))
-        table.add_row(*cells, row.budgets)
-    return table
 
+    def part(row: Row, value: float | None) -> str:
+        return text.NOTHING if row.policy == _FULL or not row.reached else _part(value)
 
-def saved(value: Spread | None, reference: Spread | None) -> float | None:
-    """What part of a reference is saved; `None` where one of them is missing."""
-    if value is None or reference is None or not reference.mean > 0:
-        return None
-    return 1 - value.mean / reference.mean
+    def shown(name: str, form: text.Form, head: str) -> Column:
+        return Column(head, [_show(getattr(row, name), form) for row in rows])
+
+    names = [
+        f"{row.policy} ({row.reached} of {row.runs})"
+        if row.reached and row.reached < row.runs
+        else row.policy
+        for row in rows
+    ]
+    seconds = [_mean(row.seconds_to_target_without_compile, text.seconds) for row in rows]
+    epochs = [
+        _mean(row.epochs_to_target, text.count) if row.reached else "not reached" for row in rows
+    ]
+    return Sheet(
+        goal,
+        [
+            Column("policy", names, words=True),
+            Column("epochs", epochs),
+            shown("work_to_target", text.count, "Σ iterations"),
+            Column("saved", [part(row, row.saved_to_target) for row in rows]),
+            shown("seconds_to_target", text.seconds, "wall, s"),
+            Column("saved", [part(row, row.seconds_saved_to_target) for row in rows]),
+            Column("without compile, s", seconds),
+            Column("budgets of the run", [row.budgets for row in rows], words=True),
+        ],
+    )
 
 
 def _part(part: float | None) -> str:
     if part is None:
-        return ""
+        return text.NOTHING
     percent = round(100 * part)
     return f"{percent} %" if percent >= 0 else f"{-percent} % more"
 
 
-def _columns(table: Table, *names: str) -> None:
-    table.add_column("policy", no_wrap=True)
-    for name in names:
-        table.add_column(name, justify="right")
-
-
-Form = Callable[[float | None], str]
-
-
-def _show(value: Spread | None, form: Form) -> str:
+def _show(value: Spread | None, form: text.Form) -> str:
     return text.NOTHING if value is None else value.show(form)
 
 
-def _mean(value: Spread | None, form: Form) -> str:
+def _mean(value: Spread | None, form: text.Form) -> str:
     return text.NOTHING if value is None else form(value.mean)

@@ -158,7 +158,12 @@ def test_compare_prints_tables_and_keeps_everything(write: Write, invoke: Invoke
     assert "whole runs" in out
     assert "until error [m] ≤" in out
     assert (tmp_path / "c" / "comparison.png").read_bytes()[:4] == b"\x89PNG"
+    assert "| full |" in (tmp_path / "c" / "comparison.md").read_text()
     comparison = Comparison.read(tmp_path / "c")
+    # The command as it would be typed here: the test is in tmp_path.
+    assert comparison.origin["command"] == (
+        "bilevel compare problem.py --policies full,fixed=1 --seeds 2 --quiet --directory c"
+    )
     assert [row.runs for row in comparison.rows] == [2, 2]
     code, out, _ = invoke(
         "compare",
@@ -179,6 +184,44 @@ def test_compare_prints_tables_and_keeps_everything(write: Write, invoke: Invoke
     stored = json.loads(out)
     assert stored["target"] == 2.0
     assert [run["seed"] for run in stored["runs"]["fixed=1"]] == [4, 9]
+
+
+def test_the_margin_of_a_comparison(write: Write, invoke: Invoke):
+    path = write()
+    words = ("compare", path, "--policies", "full,fixed=1", "--discard", "--json", "--quiet")
+    for option, margin in (((), 0.02), (("--margin", "0.25"), 0.25)):
+        code, out, _ = invoke(*words, *option)
+        assert code == 0
+        stored = json.loads(out)
+        assert stored["margin"] == margin
+        final = stored["runs"]["full"][0]["final_metric"]
+        assert stored["targets"] == [pytest.approx((1 + margin) * final, rel=1e-6)]
+
+
+def test_a_comparison_in_a_size(write: Write, invoke: Invoke):
+    sized = TASK.replace('kind: Literal["a", "b"]', 'size: Literal["a", "b"]').replace(
+        "{kind}", "{size}"
+    )
+    words = ("compare", write(sized), "--policies", "full", "--discard", "--json", "--quiet")
+    assert json.loads(invoke(*words, "--size", "b")[1])["task"] == "b3False"
+    assert json.loads(invoke(*words)[1])["task"] == "a3False"
+    code, _, err = invoke("compare", write(), "--size", "small", "--discard")
+    assert code == 2
+    assert "task has no argument 'size'" in err
+
+
+def test_a_narrow_screen_cuts_no_number(
+    write: Write, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+):
+    words = ("compare", write(), "--policies", "full,fixed=1", "--seeds", "3", "--discard")
+    # Standard output is no terminal here, so that the width is at least 120.
+    monkeypatch.setattr("bilevel.cli.training._WIDE", 30)
+    monkeypatch.setenv("COLUMNS", "50")
+    code, out, _ = invoke(*words, "--quiet")
+    assert code == 0
+    assert "…" not in out
+    assert max(map(len, out.splitlines())) <= 50
+    assert out.count("policy ") > 2
 
 
 def test_plot_draws_runs_and_comparisons(write: Write, invoke: Invoke, tmp_path: Path):
@@ -399,7 +442,7 @@ def test_a_setting_may_be_infinite_where_its_default_is(write: Write, invoke: In
         ("history.jsonl", None, "history.jsonl: No such file"),
         ("theta.npz", b"xx", "theta.npz is no archive of arrays"),
         ("summary.json", b"", "summary.json: Expecting value"),
-        ("summary.json", b"{}", "and 26 more missing"),
+        ("summary.json", b"{}", "and 25 more missing"),
     ],
 )
 def test_a_damaged_run_is_named_in_one_line(
