@@ -15,6 +15,7 @@ from bilevel.outer.history import History
 from bilevel.outer.row import outcome
 from bilevel.outer.run import COMPLETED, Run
 from bilevel.outer.spread import Spread
+from bilevel.outer.ticks import few_ticks, scale
 
 # Okabe and Ito's palette, which stays apart under every kind of colour blindness, without
 # its yellow, which does not show on white. A kind of policy has one colour in all pictures.
@@ -31,7 +32,6 @@ _COLOURS = {
 }
 _OTHERS = ("#2F6F6F", "#8A8D00", "#A0204C", "#5F6B73")
 _STYLES = ("-", (0, (6, 2.5)), (0, (2.2, 1.6)), (0, (7, 1.8, 1.4, 1.8)), (0, (1, 1.2)))
-_DECADE = 10.0
 
 
 class MissingPlotsError(ImportError):
@@ -94,11 +94,8 @@ def plot_runs(
         name = "budget: iterations allowed in a solve"
         below.append(_Panel(steps, name, _epochs, _allowed, by_cap or drawn, _adjoint_allowed))
     if by_tolerance:
-        name, sides = (
-            "budget: relative tolerance of a solve",
-            ("budget_rtol", "adjoint_budget_rtol"),
-        )
-        rtol, adjoint = (_column(side) for side in sides)
+        name = "budget: relative tolerance of a solve"
+        rtol, adjoint = _TOLERANCES
         below.append(_Panel(steps, name, _epochs, rtol, by_tolerance, adjoint))
     if len(drawn) > 1:
         if counted:
@@ -156,7 +153,7 @@ class _Panel:
             sides: list[tuple[Series, dict[str, Any]]] = [(self.y, look)]
             if self.adjoint is not None:
                 sides = [(self.y, look | {"linestyle": "-"})]
-                if not all(_same(self.y(run.history), self.adjoint(run.history)) for run in group):
+                if _apart(group, self.y, self.adjoint):
                     sides.append((self.adjoint, look | {"linestyle": (0, (3, 1.5))}))
             for series, style in sides:
                 lines = [self._line(run.history, series) for run in group]
@@ -169,9 +166,9 @@ class _Panel:
         if self.mark is not None and heights:
             axis.axhline(self.mark, color="#555555", lw=1, linestyle=(0, (1, 2)), zorder=2.5)
             heights.append(np.array([self.mark]))
-        _scale(axis.set_yscale, axis.yaxis, heights, whole=self.y is _allowed)
+        scale(axis.set_yscale, axis.yaxis, heights, whole=self.y is _allowed)
         if self.x is _work:
-            _scale(axis.set_xscale, axis.xaxis, spans, least=2.0)
+            scale(axis.set_xscale, axis.xaxis, spans, least=2.0)
         axis.set_xlabel(self.x_name)
         # Above the axis a name reads from left to right and may be long.
         axis.set_title(self.y_name, loc="left", fontsize=10)
@@ -203,7 +200,9 @@ class _Bars:
                 left += width
             spread = Spread.of(list(rows.sum(axis=1)))
             if spread is not None and spread.confidence:
-                axis.errorbar(left, place, xerr=spread.confidence, color="#333333", lw=1, capsize=2)
+                half = spread.confidence
+                # A grey that shows on all bars, the black one too.
+                axis.errorbar(left, place, xerr=half, color="#7A7A7A", lw=1.4, capsize=2.5)
         axis.set_yticks(range(len(self.runs)), list(self.runs), fontsize=9)
         axis.invert_yaxis()
         axis.set_xlim(left=0.0)
@@ -212,7 +211,7 @@ class _Bars:
         axis.tick_params(axis="y", length=0)
         axis.grid(visible=True, axis="x", color="#dddddd", lw=0.6)
         axis.set_axisbelow(True)
-        _few_ticks(axis.xaxis, 4)
+        few_ticks(axis.xaxis, 4)
 
 
 _SHADES = (1.0, 0.4)
@@ -327,6 +326,9 @@ def _notes(runs: Runs, by_cap: Runs, by_tolerance: Runs, target: float | None) -
             f"Lines: medians of {most} seeds, in bands from the lowest to the highest. "
             "Bars: means, with the mean's 95 % confidence interval."
         )
+    budgets = [(by_cap or runs, _allowed, _adjoint_allowed), (by_tolerance, *_TOLERANCES)]
+    if any(_apart(group, *sides) for among, *sides in budgets for group in among.values()):
+        notes.append("Budgets: the primal solve's; dashed the adjoint's, where it is another.")
     aside = [name for name in by_tolerance if by_cap and name not in by_cap]
     if aside:
         verb = "goes by its tolerance" if len(aside) == 1 else "go by their tolerance"
@@ -345,6 +347,9 @@ def _figure(width: float, height: float) -> Any:
 
 def _column(name: str) -> Series:
     return lambda history: history.column(name)
+
+
+_TOLERANCES = _column("budget_rtol"), _column("adjoint_budget_rtol")
 
 
 def _epochs(history: History) -> np.ndarray:
@@ -396,51 +401,9 @@ def _adjoint_allowed(history: History) -> np.ndarray:
     return np.where(caps < UNLIMITED, caps, np.nan)
 
 
-def _same(primal: np.ndarray, adjoint: np.ndarray) -> bool:
-    """Whether there is nothing to tell about the adjoint."""
-    return bool(np.isnan(adjoint).all() or np.array_equal(primal, adjoint, equal_nan=True))
-
-
-def _scale(
-    set_scale: Callable[[str], None],
-    axis: Any,
-    values: Sequence[np.ndarray],
-    least: float = 1,
-    *,
-    whole: bool = False,
-) -> None:
-    """A logarithmic axis for positive numbers over more than some decades; few ticks."""
-    from matplotlib.ticker import (  # noqa: PLC0415
-        FuncFormatter,
-        LogFormatterMathtext,
-        LogLocator,
-        NullLocator,
+def _apart(runs: Sequence[Run], primal: Series, adjoint: Series) -> bool:
+    """Whether the adjoint's budget is known in some run, and not the primal's."""
+    sides = [(primal(run.history), adjoint(run.history)) for run in runs]
+    return not all(
+        np.isnan(other).all() or np.array_equal(own, other, equal_nan=True) for own, other in sides
     )
-
-    together = np.concatenate(values) if values else np.zeros(0)
-    if not together.size:
-        return
-    low, high = float(together.min()), float(together.max())
-    if not (low > 0 and high / low > _DECADE**least):
-        _few_ticks(axis, 6, whole=whole)
-        return
-    set_scale("log")
-    axis.set_minor_locator(NullLocator())
-    if high / low < _DECADE**2:
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    else:
-        axis.set_major_locator(LogLocator(numticks=7))
-    plain = low >= 1e-2 and high < 1e6
-    axis.set_major_formatter(FuncFormatter(_number) if plain else LogFormatterMathtext())
-
-
-def _few_ticks(axis: Any, most: int, *, whole: bool = False) -> None:
-    from matplotlib.ticker import FuncFormatter  # noqa: PLC0415
-
-    axis.set_major_formatter(FuncFormatter(_number))
-    axis.get_major_locator().set_params(nbins=most, integer=whole)
-
-
-def _number(value: float, _: object = None) -> str:
-    """A tick, as numbers are read: 0.05, 12, 20,000."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"

@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 
 from bilevel.outer.compare import compare
 from bilevel.outer.history import Record
-from bilevel.outer.plotting import MissingPlotsError, _looks, _scale, plot_runs
+from bilevel.outer.plotting import MissingPlotsError, _looks, plot_runs
 from bilevel.outer.policy import SYNTAX
 from bilevel.outer.run import Run
 from bilevel.outer.task import Task
+from bilevel.outer.ticks import scale
 from bilevel.refinement.ladder import Ladder
 
 Train = Callable[..., Run]
@@ -133,6 +134,37 @@ def test_bars_are_as_long_as_the_table_says(
     )
 
 
+@pytest.mark.parametrize(
+    ("side", "values"), [("budget_iterations", (4, 40)), ("budget_rtol", (1e-3, 1e-6))]
+)
+def test_an_adjoint_budget_of_its_own_is_dashed_and_explained(
+    made_run: Callable[..., Run],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    side: str,
+    values: tuple[Any, Any],
+):
+    def run(own: Any, other: Any) -> Run:
+        fields = {side: own, f"adjoint_{side}": other}
+        # The first epoch's are the same: it is the path that counts.
+        return made_run(
+            *(
+                Record(epoch=place, metric=1.0, updates=1, **fields | first)
+                for place, first in ((1, {f"adjoint_{side}": own}), (2, {}))
+            )
+        )
+
+    apart, alike = run(*values), run(values[1], values[1])
+    explained = "dashed the adjoint's"
+    panel = 2
+    figure = figure_of({"full": [apart]}, tmp_path, monkeypatch)
+    assert explained in figure.get_supxlabel()
+    assert [line.get_linestyle() for line in figure.axes[panel].lines[::2]] == ["-", "--"]
+    figure = figure_of({"full": [alike]}, tmp_path, monkeypatch)
+    assert explained not in figure.get_supxlabel()
+    assert [line.get_linestyle() for line in figure.axes[panel].lines[::2]] == ["-"]
+
+
 def test_a_target_is_marked_and_a_failure_named(
     made_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -173,7 +205,7 @@ def test_ticks_are_few_and_all_of_them_have_a_label(high: float):
     figure = Figure()
     axis = figure.subplots()
     axis.plot([0, 1], [1.0, high])
-    _scale(axis.set_yscale, axis.yaxis, [np.array([1.0, high])])
+    scale(axis.set_yscale, axis.yaxis, [np.array([1.0, high])])
     figure.draw_without_rendering()
     low, top = axis.get_ylim()
     shown = [tick for tick in axis.get_yticks() if low <= tick <= top]
