@@ -148,10 +148,9 @@ class Comparison:
     @property
     def _sheets(self) -> list[Sheet]:
         rows = self.rows
-        sheets = [whole_runs(rows, self.task, self.metric_name)]
-        if any(row.reached is not None for row in rows):
-            sheets.append(until_target(rows, self.goal))
-        return sheets
+        timed = any(row.reached is not None for row in rows)
+        whole = whole_runs(rows, self.task, self.metric_name, budgets=not timed)
+        return [whole, until_target(rows, self.goal)] if timed else [whole]
 
     def to_markdown(self) -> str:
         """The tables and notes in Markdown, with what made them."""

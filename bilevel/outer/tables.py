@@ -11,13 +11,14 @@ from bilevel.outer.spread import Spread
 _FULL = "full"
 
 
-def whole_runs(rows: Sequence[Row], task: str, metric_name: str) -> Sheet:
+def whole_runs(rows: Sequence[Row], task: str, metric_name: str, *, budgets: bool) -> Sheet:
     """What whole runs came to, and what they spent.
 
     **Arguments:**
 
     - `rows`: one a policy.
     - `task`, `metric_name`: what was trained and measured.
+    - `budgets`: whether to tell them here, where no other table does.
     """
     names = [
         row.policy if row.status == COMPLETED else f"{row.policy} ({row.status})" for row in rows
@@ -39,6 +40,7 @@ def whole_runs(rows: Sequence[Row], task: str, metric_name: str) -> Sheet:
             Column("solver, s", [_mean(row.solver_seconds, text.seconds) for row in rows]),
             shown("seconds", text.seconds, "wall, s"),
             Column("compiles", [_mean(row.compilations, text.number) for row in rows]),
+            *([_budgets(rows)] if budgets else []),
         ],
     )
 
@@ -78,9 +80,13 @@ def until_target(rows: Sequence[Row], goal: str) -> Sheet:
             shown("seconds_to_target", text.seconds, "wall, s"),
             Column("saved", [part(row, row.seconds_saved_to_target) for row in rows]),
             Column("without compile, s", seconds),
-            Column("budgets of the run", [row.budgets for row in rows], words=True),
+            _budgets(rows),
         ],
     )
+
+
+def _budgets(rows: Sequence[Row]) -> Column:
+    return Column("budgets of the run", [row.budgets for row in rows], words=True)
 
 
 def _part(part: float | None) -> str:

@@ -156,6 +156,13 @@ def test_where_no_solve_reports_nothing_is_saved(made_run: MadeRun):
     assert any("pass fidelity=fidelity" in note for note in made.notes)
 
 
+def test_budgets_are_told_where_there_is_no_target(made_run: MadeRun):
+    for runs in ({"full": [made_run(*records(1.0))]}, {"prdp": [made_run(*records(1.0))]}):
+        written = comparison(**runs).to_markdown()
+        assert written.count("budgets of the run") == 1
+        assert "| 10 |" in written
+
+
 def test_a_policy_without_a_run_has_no_row(made_run: MadeRun):
     assert list(rows(comparison(full=[made_run(*records(1.0))], prdp=[]))) == ["full"]
 
