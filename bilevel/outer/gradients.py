@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import PyTree
@@ -16,6 +16,14 @@ from bilevel.refinement.fidelity import Fidelity
 
 _PART = 15
 """An error is measured no more often than every so many updates: a fifth of their work."""
+
+
+class Place(NamedTuple):
+    """Where a gradient was computed: at which parameters, on which batch, how well."""
+
+    trained: PyTree
+    batch: Any
+    fidelity: Fidelity
 
 
 class GradientComparison:
@@ -38,44 +46,46 @@ class GradientComparison:
         """Begin an epoch: what was before it is not looked at, so that a run can be resumed."""
         self._previous = None
 
+    def done(self, gradient: PyTree) -> None:
+        """Take in the gradient that an update was made with."""
+        self._previous = gradient
+
     def differences(
-        self, state: PyTree, fidelity: Fidelity, trained: PyTree, batch: Any
+        self, state: PyTree, place: Place, gradient: PyTree
     ) -> Differences | None:
-        """What the last update's gradient would have been at other levels, if that is due.
+        """How far gradients at other levels are from one, if that is due.
 
         **Arguments:**
 
         - `state`: of the controller, before the update.
-        - `fidelity`, `trained`, `batch`: of the last update, before it.
+        - `place`: where the gradient was computed.
         """
-        here, previous = self._update.latest, self._previous
-        self._previous = here
         if not bool(self._controller.due(state)):
             return None
         coarse, middle, fine = (
-            self._at(level, fidelity, trained, batch) for level in self._controller.compared(state)
+            self._at(level, place, gradient) for level in self._controller.compared(state)
         )
         # Two batches lie √2 of their noise apart; what θ moved between them is small.
-        noise = np.float32(math.nan) if previous is None else self._distance(here, previous) / np.float32(math.sqrt(2))
+        noise = np.float32(np.nan)
+        if self._previous is not None:
+            noise = self._distance(gradient, self._previous) / np.float32(math.sqrt(2))
         return Differences(self._distance(coarse, middle), self._distance(middle, fine), noise)
 
-    def error(
-        self, state: PyTree, fidelity: Fidelity, trained: PyTree, batch: Any
-    ) -> MeasuredError:
-        """The last gradient's distance from those of solves that go twice as far."""
-        finer = self._controller.finer(state)
+    def error(self, state: PyTree, place: Place, gradient: PyTree) -> MeasuredError:
+        """A gradient's distance from those of solves that go twice as far."""
         primal, adjoint = (
-            self._distance(self._update.latest, self._at(level, fidelity, trained, batch))
-            for level in finer
+            self._distance(gradient, self._at(level, place, gradient))
+            for level in self._controller.finer(state)
         )
         return MeasuredError(primal, adjoint, primal + adjoint)
 
-    def _at(self, level: Fidelity, fidelity: Fidelity, trained: PyTree, batch: Any) -> PyTree:
-        if level.static == fidelity.static and limits(level) == limits(fidelity):
-            return self._update.latest
-        gradient, report = self._update.gradient(trained, batch, level)
-        self._spend(report)
-        return gradient
+    def _at(self, level: Fidelity, place: Place, gradient: PyTree) -> PyTree:
+        same = level.static == place.fidelity.static and limits(level) == limits(place.fidelity)
+        if same:
+            return gradient
+        found = self._update.found(place.trained, place.batch, level)
+        self._spend(found.report)
+        return found.gradient
 
     def _distance(self, first: PyTree, second: PyTree) -> np.floating[Any]:
         if first is second:

@@ -19,7 +19,7 @@ from bilevel.outer.checkpoint import is_array
 from bilevel.outer.control import Control, strong
 from bilevel.outer.executable import Executable
 from bilevel.outer.fingerprint import fingerprint
-from bilevel.outer.gradients import GradientComparison, measured_in
+from bilevel.outer.gradients import GradientComparison, Place, measured_in
 from bilevel.outer.history import History, Record
 from bilevel.outer.limits import limits
 from bilevel.outer.metric import real_number, widened
@@ -29,9 +29,13 @@ from bilevel.outer.settings import LoopSettings
 from bilevel.outer.tally import Tally
 from bilevel.outer.task import Task
 from bilevel.outer.timing import solver_seconds
-from bilevel.outer.update import ERRORS, REPORT, Report
-from bilevel.outer.updater import PartedUpdate, WholeUpdate, compares, measures
+from bilevel.outer.update import ERRORS, Report
+from bilevel.outer.updater import Found, PartedUpdate, WholeUpdate, compares, measures
 from bilevel.refinement.fidelity import Fidelity
+
+
+_MOST_REPEATS = 12
+"""Of a gradient that its controller does not accept: 4,096 times the first budget."""
 
 
 class NonFiniteStreak(Exception):  # noqa: N818
@@ -75,6 +79,7 @@ class Training:
         )
         self._compares, self._measures = compares(controller), measures(controller, task)
         self._comparison: GradientComparison | None = None
+        self._last: tuple[Place, PyTree]
         self._update: WholeUpdate | PartedUpdate
         if self._compares or self._measures:
             self._update = PartedUpdate(task, optimizer, self._optimizer_static)
@@ -197,29 +202,24 @@ class Training:
         if self._comparison is not None:
             self._comparison.begin()
         watch = self._watch()
-        before: PyTree = None
-        batch: Any = None
         for batch in batches:
             self._progress.batch(self._batch + 1, count)
-            before, fidelity = self._trained, self._control.fidelity
-            self._trained, self._optimizer_state, report = self._update(
-                self._trained, self._optimizer_state, batch, fidelity
-            )
+            report = self._step(batch)
             self._batch += 1
             self._tally.add(report)
-            if self._compares:
-                self._compare(before, batch, fidelity, report)
             self._check_streak()
         self._tally.finish()
         self._check_streak()
         errors: Any = [self._tally.mean(part) for part in ERRORS]
         if self._measures:
-            errors = self._measured(before, batch, fidelity, number)
+            errors = self._measured(number)
         seconds = watch()
 
         validation_seconds = self._validate()
         if self._task.validate is None:
             self._metric = self._tally.mean("loss")
+        if self._compares:
+            fidelity = self._last[0].fidelity
         spent = limits(fidelity)
         if errors is not None and not self._compares:
             self._control.advance(self._metric, self._tally.mean("gradient_norm"), errors)
@@ -232,25 +232,50 @@ class Training:
         )
         self._object()
 
-    def _compare(self, before: PyTree, batch: Any, fidelity: Fidelity, report: Report) -> None:
-        """Tell the controller of one update, and of other levels where it asks for them."""
-        assert self._comparison is not None
-        numbers = np.asarray(report)
-        finite, norm = (numbers[REPORT.index(name)] for name in ("finite", "gradient_norm"))
-        differences = None
-        if finite:
-            state = self._control.state
-            differences = self._comparison.differences(state, fidelity, before, batch)
-        self._control.take(norm, differences)
+    def _step(self, batch: Any) -> Report:
+        """One update."""
+        fidelity = self._control.fidelity
+        if self._comparison is None:
+            self._trained, self._optimizer_state, report = self._update(
+                self._trained, self._optimizer_state, batch, fidelity
+            )
+            return report
+        assert isinstance(self._update, PartedUpdate)
+        found = self._update.found(self._trained, batch, fidelity)
+        if self._compares:
+            found, fidelity = self._accepted(found, batch)
+        self._last = Place(self._trained, batch, fidelity), found.gradient
+        self._comparison.done(found.gradient)
+        self._trained, self._optimizer_state, report = self._update.apply(
+            self._trained, self._optimizer_state, batch, fidelity, found
+        )
+        return report
 
-    def _measured(
-        self, before: PyTree, batch: Any, fidelity: Fidelity, epoch: int
-    ) -> list[float] | None:
+    def _accepted(self, found: Found, batch: Any) -> tuple[Found, Fidelity]:
+        """The gradient, or a better one at the same place where the controller is not content."""
+        assert self._comparison is not None
+        assert isinstance(self._update, PartedUpdate)
+        for _ in range(_MOST_REPEATS):
+            fidelity, norm = self._control.fidelity, found.norm
+            differences = None
+            if np.isfinite(norm):
+                place = Place(self._trained, batch, fidelity)
+                differences = self._comparison.differences(
+                    self._control.state, place, found.gradient
+                )
+            self._control.take(norm, differences)
+            if bool(getattr(self._control.state, "accepted", True)):
+                return found, fidelity
+            self._spend(found.report)
+            found = self._update.found(self._trained, batch, self._control.fidelity)
+        return found, self._control.fidelity
+
+    def _measured(self, epoch: int) -> list[float] | None:
         """The error of the epoch's last gradient, where it is measured in this epoch."""
         assert self._comparison is not None
         if not measured_in(epoch, self._batch):
             return None
-        error = self._comparison.error(self._control.state, fidelity, before, batch)
+        error = self._comparison.error(self._control.state, *self._last)
         return [float(part) for part in error]
 
     def _spend(self, report: Report) -> None:

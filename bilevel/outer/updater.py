@@ -1,10 +1,11 @@
 """Updater: the compiled update of a run, whole or in two parts."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
@@ -59,12 +60,35 @@ class WholeUpdate:
         self._update.prepare(trained, state, batch, fidelity)
 
 
+class Found(NamedTuple):
+    """A gradient that was computed.
+
+    - `value`: the loss.
+    - `gradient`: like the parameters.
+    - `numbers`: of the report, from the gradient's norm on.
+    """
+
+    value: Array
+    gradient: PyTree
+    numbers: Array
+
+    @property
+    def report(self) -> Report:
+        """What was done for it, as the report of an update that was made."""
+        head = jnp.stack([jnp.ones((), self.numbers.dtype), self.value.astype(self.numbers.dtype)])
+        return jnp.concatenate([head, self.numbers])
+
+    @property
+    def norm(self) -> np.floating[Any]:
+        """Of the gradient; NaN where it or the loss is not finite."""
+        norm = np.asarray(self.numbers)[0]
+        return norm if np.isfinite(np.asarray(self.value)) else norm * np.nan
+
+
 class PartedUpdate:
     """An update whose gradient is a program of its own, so that gradients can be compared.
 
     The same gradient program serves every level: a comparison compiles nothing of the task.
-
-    - `latest`: the gradient of the last update; `None` before the first.
 
     **Arguments:** as [`WholeUpdate`][].
     """
@@ -85,7 +109,6 @@ class PartedUpdate:
         self._gradient = Executable(outer_gradient)
         self._apply = Executable(outer_application)
         self._distance = Executable(_distance, runs_briefly=True)
-        self.latest: PyTree = None
 
     @property
     def count(self) -> int:
@@ -101,8 +124,16 @@ class PartedUpdate:
         self, trained: PyTree, state: PyTree, batch: Any, fidelity: Fidelity
     ) -> tuple[PyTree, PyTree, Report]:
         """The next parameters and optimizer state, and a report."""
-        found = self._gradient(trained, batch, fidelity)
-        self.latest = found[1]
+        return self.apply(trained, state, batch, fidelity, self.found(trained, batch, fidelity))
+
+    def found(self, trained: PyTree, batch: Any, fidelity: Fidelity) -> "Found":
+        """A gradient, and what the solves did for it."""
+        return Found(*self._gradient(trained, batch, fidelity))
+
+    def apply(
+        self, trained: PyTree, state: PyTree, batch: Any, fidelity: Fidelity, found: "Found"
+    ) -> tuple[PyTree, PyTree, Report]:
+        """The next parameters and optimizer state by a gradient, and a report."""
         return self._apply(trained, state, batch, fidelity, *found)
 
     def prepare(self, trained: PyTree, state: PyTree, batch: Any, fidelity: Fidelity) -> None:
@@ -110,12 +141,6 @@ class PartedUpdate:
         found = self._gradient.prepare(trained, batch, fidelity)
         self._apply.prepare(trained, state, batch, fidelity, *found)
         self._distance.prepare(found[1], found[1])
-
-    def gradient(self, trained: PyTree, batch: Any, fidelity: Fidelity) -> tuple[PyTree, Report]:
-        """A gradient that nothing is done with, and its report."""
-        value, gradient, numbers = self._gradient(trained, batch, fidelity)
-        head = jnp.stack([jnp.ones((), numbers.dtype), value.astype(numbers.dtype)])
-        return gradient, jnp.concatenate([head, numbers])
 
     def distance(self, first: PyTree, second: PyTree) -> Array:
         """Euclidean norm of the difference of two gradients."""

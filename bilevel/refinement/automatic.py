@@ -27,6 +27,12 @@ WEIGHT = 0.25
 TRUST = 2.0
 """How far beyond the finest level ever compared the model is used, as a factor."""
 
+BEYOND = 2.0
+"""How far an error may be beyond what is allowed before a gradient is not to be used."""
+
+LEAST = 0.1
+"""Of a gradient's norm is taken to be no error, however large the error."""
+
 _HALVINGS = 50
 
 
@@ -50,6 +56,7 @@ class AutomaticState(NamedTuple):
     - `level`: position on the ladder, int32.
     - `rejected`: measurements that were not finite or negative, int32.
     - `comparisons`: so far, int32.
+    - `updates`, `compared_at`: so far, and when it was compared last, int32.
     - `log_error`, `place`, `rate`: of the model; p is a level's number of iterations.
     - `highest`: the finest p that was ever compared.
     - `wanted`: the p that the model asks for, wherever the level could go.
@@ -57,11 +64,16 @@ class AutomaticState(NamedTuple):
     - `noise`: of a batch's gradient.
     - `credit`: iterations that may be spent on comparisons.
     - `due`: whether the next gradient should be compared.
+    - `accepted`: whether the last gradient was accurate enough to step along.  One that was
+        compared and found wanting is better computed again, with the new fidelity: the first
+        steps of a training decide much, and what is learnt there of a solver's errors stays.
     """
 
     level: Int[AnyArray, ""]
     rejected: Int[AnyArray, ""]
     comparisons: Int[AnyArray, ""]
+    updates: Int[AnyArray, ""]
+    compared_at: Int[AnyArray, ""]
     log_error: Float[AnyArray, ""]
     place: Float[AnyArray, ""]
     rate: Float[AnyArray, ""]
@@ -71,6 +83,7 @@ class AutomaticState(NamedTuple):
     noise: Float[AnyArray, ""]
     credit: Float[AnyArray, ""]
     due: Bool[AnyArray, ""]
+    accepted: Bool[AnyArray, ""]
 
 
 class AutomaticRefinement(eqx.Module):
@@ -104,8 +117,8 @@ class AutomaticRefinement(eqx.Module):
     >>> bool(controller.due(state)), [int(f.budget.iterations) for f in controller.compared(state)]
     (True, [1, 2, 3])
     >>> state = controller.update(state, gradient_norm=1.0, error=Differences(0.4, 0.2))
-    >>> float(state.wanted), int(controller.fidelity(state).budget.iterations)
-    (4.0, 3)
+    >>> bool(state.accepted), int(controller.fidelity(state).budget.iterations)
+    (False, 3)
     """
 
     ladder: Ladder
@@ -142,6 +155,8 @@ class AutomaticRefinement(eqx.Module):
             level=zero,
             rejected=zero,
             comparisons=zero,
+            updates=zero,
+            compared_at=zero,
             log_error=real(0),
             place=real(0),
             rate=real(0),
@@ -151,6 +166,7 @@ class AutomaticRefinement(eqx.Module):
             noise=real(0),
             credit=real(0),
             due=np.asarray(len(self.ladder) > 1),
+            accepted=np.asarray(True),
         )
 
     def due(self, state: AutomaticState) -> Bool[AnyArray, ""]:
@@ -239,7 +255,9 @@ def _due(xp: Namespace, rule: _Rule, state: AutomaticState, places: Any) -> Bool
     cost = _cost(xp, rule, state.level, places)
     # Each step out of the known doubles it, so that all of these together are few.
     unknown = (state.wanted > TRUST * state.highest) & (places[state.level] > state.highest)
-    return (state.comparisons == 0) | unknown | (state.credit >= cost)
+    # Training changes fastest where it begins, and there a comparison costs next to nothing.
+    old = state.updates >= 2 * state.compared_at
+    return (state.comparisons == 0) | unknown | old | (state.credit >= cost)
 
 
 def _cost(xp: Namespace, rule: _Rule, level: Any, places: Any) -> Any:
@@ -259,15 +277,22 @@ def _after(
     here = places[state.level]
     smooth = xp.where(state.norm > 0, state.norm + WEIGHT * (norm - state.norm), norm)
     fields = state._replace(
+        updates=saturating_increment(state.updates),
         norm=xp.where(known, smooth, state.norm), credit=state.credit + rule.share * here
     )
     usable = known
     if differences is not None:
         fields, good = _learnt(xp, rule, fields, places, norm, differences, epsilon)
         usable = usable & good
-    level, wanted = _placed(xp, rule, fields, places, known)
+    level, wanted, excess = _placed(xp, rule, fields, places, known)
+    accepted = xp.ones_like(state.accepted)
+    if differences is not None:
+        accepted = (level <= state.level) | (excess <= np.log(BEYOND)) | ~usable
+        # The norm of a gradient that is mostly error is no measure of the next.
+        fields = fields._replace(norm=xp.where(accepted, fields.norm, xp.zeros_like(norm)))
     fields = fields._replace(level=level.astype(np.int32), wanted=wanted.astype(dtype))
     return fields._replace(
+        accepted=accepted,
         due=_due(xp, rule, fields, places),
         rejected=xp.where(usable, state.rejected, saturating_increment(state.rejected)),
         **{
@@ -310,8 +335,9 @@ def _learnt(
         highest=xp.maximum(state.highest, places[high]),
         noise=_averaged(xp, state.noise, noise),
         comparisons=saturating_increment(state.comparisons),
+        compared_at=state.updates,
     )
-    kept = state._replace(comparisons=learnt.comparisons)
+    kept = state._replace(comparisons=learnt.comparisons, compared_at=learnt.compared_at)
     pairs = zip(learnt, kept, strict=True)
     chosen = AutomaticState(*(xp.where(usable, new, old) for new, old in pairs))
     paid = state.credit - _cost(xp, rule, state.level, places)
@@ -341,23 +367,27 @@ def _averaged(xp: Namespace, before: Any, noise: Any) -> Any:
 
 def _placed(
     xp: Namespace, rule: _Rule, state: AutomaticState, places: Any, known: Any
-) -> tuple[Any, Any]:
-    """The level that the model asks for and what it is of, within a step of this one."""
+) -> tuple[Any, Any, Any]:
+    """The next level; the position that the model asks for; the log of this level's excess."""
     here = places[state.level]
     noise = xp.minimum(state.noise, state.norm)
     signal = xp.sqrt(xp.maximum(state.norm**2 - noise**2, 0))
     tiny = float(np.finfo(state.norm.dtype).tiny)
-    allowed = xp.maximum(rule.signal * signal + rule.noise * noise, tiny)
-    excess = state.log_error - xp.log(allowed)
+    log_error = state.log_error - state.rate * (here - state.place)
+    error = xp.where(state.comparisons > 0, xp.exp(xp.minimum(log_error, 80.0)), 0.0)
+    # Of a gradient that is mostly error, the part that is none may be no larger than this.
+    sure = xp.maximum(signal - error, LEAST * signal)
+    allowed = xp.maximum(rule.signal * sure + rule.noise * noise, tiny)
+    excess = log_error - xp.log(allowed)
     rate = xp.where(state.rate > 0, state.rate, 1.0)
-    wanted = xp.where(state.comparisons > 0, state.place + excess / rate, here)
+    wanted = xp.where(state.comparisons > 0, here + excess / rate, here)
     # A gradient that is not finite may be one that was not solved for well enough.
     wanted = xp.where(known, wanted, 2 * here)
     limit = xp.minimum(2 * here + 1, xp.maximum(TRUST * state.highest, here))
     limit = xp.where(known, limit, 2 * here + 1)
     goal = xp.clip(wanted, here / 2, limit)
     level = xp.searchsorted(places, goal - 1e-4 * goal)
-    return xp.clip(level, 0, rule.top), wanted
+    return xp.clip(level, 0, rule.top), wanted, excess
 
 
 def _usable(xp: Namespace, value: Float[AnyArray, ""]) -> Bool[AnyArray, ""]:
