@@ -57,6 +57,7 @@ class Control:
         self._look_up = controller.fidelity
         self._object = getattr(controller, "objection", None)
         self._name = type(controller).__name__
+        self._without = getattr(controller, "without_measurement", "holds its level")
         self._measures_error = measures_error
         # A rule that reads the metric gets the one before training; one that reads the
         # gradient has nothing to read yet, and one that counts has nothing to count.
@@ -94,7 +95,7 @@ class Control:
         if self.rejected:
             return (
                 f"{self._name} could not use what was measured (NaN, infinite or of the wrong "
-                "sign) and holds its level."
+                f"sign) and {self._without}."
             )
         return None
 

@@ -57,6 +57,8 @@ class AutomaticState(NamedTuple):
     - `rejected`: measurements that were not finite or negative, int32.
     - `comparisons`: so far, int32.
     - `updates`, `compared_at`: so far, and when it was compared last, int32.
+    - `lowest`: the coarsest level to go back to: a gradient that was not finite is not asked
+        for again; int32.
     - `log_error`, `place`, `rate`: of the model; p is a level's number of iterations.
     - `highest`: the finest p that was ever compared.
     - `wanted`: the p that the model asks for, wherever the level could go.
@@ -74,6 +76,7 @@ class AutomaticState(NamedTuple):
     comparisons: Int[AnyArray, ""]
     updates: Int[AnyArray, ""]
     compared_at: Int[AnyArray, ""]
+    lowest: Int[AnyArray, ""]
     log_error: Float[AnyArray, ""]
     place: Float[AnyArray, ""]
     rate: Float[AnyArray, ""]
@@ -128,6 +131,7 @@ class AutomaticRefinement(eqx.Module):
     _rule: "_Rule" = eqx.field(static=True)
 
     requires: ClassVar[frozenset[str]] = frozenset({"gradient_norm"})
+    without_measurement: ClassVar[str] = "goes on with more iterations"
 
     @checked
     def __init__(
@@ -157,6 +161,7 @@ class AutomaticRefinement(eqx.Module):
             comparisons=zero,
             updates=zero,
             compared_at=zero,
+            lowest=zero,
             log_error=real(0),
             place=real(0),
             rate=real(0),
@@ -284,12 +289,13 @@ def _after(
     if differences is not None:
         fields, good = _learnt(xp, rule, fields, places, norm, differences, epsilon)
         usable = usable & good
+    finer = xp.minimum(state.level + 1, rule.top).astype(np.int32)
+    fields = fields._replace(lowest=xp.where(known, state.lowest, finer))
     level, wanted, excess = _placed(xp, rule, fields, places, known)
-    accepted = xp.ones_like(state.accepted)
-    if differences is not None:
-        accepted = (level <= state.level) | (excess <= np.log(BEYOND)) | ~usable
-        # The norm of a gradient that is mostly error is no measure of the next.
-        fields = fields._replace(norm=xp.where(accepted, fields.norm, xp.zeros_like(norm)))
+    # One that is beyond the allowance by a little is made better by the next.
+    accepted = (level <= state.level) | (excess <= np.log(BEYOND)) | ~known
+    # The norm of a gradient that is mostly error is no measure of the next.
+    fields = fields._replace(norm=xp.where(accepted, fields.norm, xp.zeros_like(norm)))
     fields = fields._replace(level=level.astype(np.int32), wanted=wanted.astype(dtype))
     return fields._replace(
         accepted=accepted,
@@ -387,7 +393,7 @@ def _placed(
     limit = xp.where(known, limit, 2 * here + 1)
     goal = xp.clip(wanted, here / 2, limit)
     level = xp.searchsorted(places, goal - 1e-4 * goal)
-    return xp.clip(level, 0, rule.top), wanted, excess
+    return xp.clip(level, state.lowest, rule.top), wanted, excess
 
 
 def _usable(xp: Namespace, value: Float[AnyArray, ""]) -> Bool[AnyArray, ""]:

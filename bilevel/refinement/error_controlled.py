@@ -112,6 +112,7 @@ class ErrorControlled(eqx.Module):
     growth: int = eqx.field(static=True)
 
     requires: ClassVar[frozenset[str]] = frozenset({"gradient_norm", "error"})
+    without_measurement: ClassVar[str] = "goes on with more iterations"
 
     @checked
     def __init__(
