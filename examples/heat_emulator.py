@@ -27,7 +27,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import bilevel_pde as pde
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -36,6 +35,7 @@ from jaxtyping import Array, PRNGKeyArray
 from networks import FieldMLP, ResidualConvolution
 
 import bilevel as bl
+import bilevel_pde as pde
 
 DT = 1e-3
 MODES = 5
@@ -88,7 +88,7 @@ class Batched(eqx.Module):
 
     def diagonal(self) -> Array:
         """That of one field, for each."""
-        diagonal = self.operator.diagonal()
+        diagonal = jnp.asarray(self.operator.diagonal())
         return jnp.broadcast_to(diagonal, (self.count, *diagonal.shape))
 
 

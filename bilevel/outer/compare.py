@@ -56,7 +56,7 @@ def compare(
 
     - `task`: a task, or ``task(seed) -> Task`` where start or data depend on the seed.
     - `policies`: of `full`, `fixed=K`, `fixed=K:M`, `best-fixed`, `best-fixed=RUNS`,
-        `schedule=linear:STEP`, `hoag=exponential|quadratic|cubic`, `prdp`, `error`, `task`,
+        `schedule=linear:STEP`, `hoag=exponential|quadratic|cubic`, `prdp`, `error`, `auto`, `task`,
         which ``bilevel compare --help`` explains. By default what the task recommends, else
         `full` and the task's controller, or `prdp` on its ladder.
     - `seeds`: how many, from 0, or the seeds themselves.

@@ -125,7 +125,7 @@ class Control:
         self.state = state
         self.fidelity = uniform(self._look_up(state))
 
-    def take(self, gradient_norm: float, differences: Any = None) -> None:
+    def take(self, gradient_norm: Any, differences: Any = None) -> None:
         """Take in one update, for a controller that is told of each.
 
         **Arguments:**

@@ -1,18 +1,21 @@
 """Gradients: compared at several levels, for controllers that go by their differences."""
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import PyTree
 
+from bilevel.outer.control import Control
 from bilevel.outer.limits import limits
-from bilevel.outer.update import Report
-from bilevel.outer.updater import PartedUpdate
+from bilevel.outer.tally import Tally
+from bilevel.outer.updater import Found, PartedUpdate, compares
 from bilevel.refinement.automatic import Differences
 from bilevel.refinement.error_controlled import MeasuredError
 from bilevel.refinement.fidelity import Fidelity
+
+_MOST_REPEATS = 12
+"""Of a gradient that its controller does not accept: 4,096 times the first budget."""
 
 _PART = 15
 """An error is measured no more often than every so many updates: a fifth of their work."""
@@ -33,26 +36,42 @@ class GradientComparison:
 
     - `controller`: with `due` and `compared`, or with `finer`.
     - `update`: of the run.
-    - `spend`: takes the reports of gradients that nothing is done with.
+    - `tally`: counts the work of gradients that nothing is done with.
     """
 
-    def __init__(self, controller: Any, update: PartedUpdate, spend: Callable[[Report], None]):
+    def __init__(self, controller: Any, update: PartedUpdate, tally: Tally):
         self._controller = controller
+        self._compares = compares(controller)
         self._update = update
-        self._spend = spend
+        self._tally = tally
         self._previous: PyTree = None
 
     def begin(self) -> None:
         """Begin an epoch: what was before it is not looked at, so that a run can be resumed."""
         self._previous = None
 
-    def done(self, gradient: PyTree) -> None:
-        """Take in the gradient that an update was made with."""
-        self._previous = gradient
+    def found(self, control: Control, trained: PyTree, batch: Any) -> tuple[Found, Place]:
+        """The gradient to make a step with, and where it was computed.
 
-    def differences(
-        self, state: PyTree, place: Place, gradient: PyTree
-    ) -> Differences | None:
+        A controller that compares is told of it. One that does not accept it gets another, at
+        the fidelity that it then asks for.
+        """
+        place = Place(trained, batch, control.fidelity)
+        found = self._update.found(*place)
+        for _ in range(_MOST_REPEATS if self._compares else 0):
+            differences = None
+            if np.isfinite(found.norm):
+                differences = self.differences(control.state, place, found.gradient)
+            control.take(found.norm, differences)
+            if bool(getattr(control.state, "accepted", True)):
+                break
+            self._tally.spend(found.report)
+            place = Place(trained, batch, control.fidelity)
+            found = self._update.found(*place)
+        self._previous = found.gradient
+        return found, place
+
+    def differences(self, state: PyTree, place: Place, gradient: PyTree) -> Differences | None:
         """How far gradients at other levels are from one, if that is due.
 
         **Arguments:**
@@ -84,10 +103,10 @@ class GradientComparison:
         if same:
             return gradient
         found = self._update.found(place.trained, place.batch, level)
-        self._spend(found.report)
+        self._tally.spend(found.report)
         return found.gradient
 
-    def _distance(self, first: PyTree, second: PyTree) -> np.floating[Any]:
+    def _distance(self, first: PyTree, second: PyTree) -> Any:
         if first is second:
             return np.float32(0.0)
         return np.asarray(self._update.distance(first, second))[()]

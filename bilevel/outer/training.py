@@ -30,12 +30,7 @@ from bilevel.outer.tally import Tally
 from bilevel.outer.task import Task
 from bilevel.outer.timing import solver_seconds
 from bilevel.outer.update import ERRORS, Report
-from bilevel.outer.updater import Found, PartedUpdate, WholeUpdate, compares, measures
-from bilevel.refinement.fidelity import Fidelity
-
-
-_MOST_REPEATS = 12
-"""Of a gradient that its controller does not accept: 4,096 times the first budget."""
+from bilevel.outer.updater import PartedUpdate, WholeUpdate, compares, measures
 
 
 class NonFiniteStreak(Exception):  # noqa: N818
@@ -77,18 +72,18 @@ class Training:
             measures_metric=task.validate is not None,
             measures_error=task.hypergradient is not None or measures(controller, task),
         )
+        self._tally = Tally()
         self._compares, self._measures = compares(controller), measures(controller, task)
         self._comparison: GradientComparison | None = None
         self._last: tuple[Place, PyTree]
         self._update: WholeUpdate | PartedUpdate
         if self._compares or self._measures:
             self._update = PartedUpdate(task, optimizer, self._optimizer_static)
-            self._comparison = GradientComparison(controller, self._update, self._spend)
+            self._comparison = GradientComparison(controller, self._update, self._tally)
         else:
             self._update = WholeUpdate(task, optimizer, self._optimizer_static)
         self._validation = self._compiled_validation() if task.jit_validate else None
 
-        self._tally = Tally()
         self._history = History()
         begun_with = fingerprint(task, optimizer, controller, settings.seed)
         self._archive = Archive(settings.directory, begun_with)
@@ -241,34 +236,12 @@ class Training:
             )
             return report
         assert isinstance(self._update, PartedUpdate)
-        found = self._update.found(self._trained, batch, fidelity)
-        if self._compares:
-            found, fidelity = self._accepted(found, batch)
-        self._last = Place(self._trained, batch, fidelity), found.gradient
-        self._comparison.done(found.gradient)
+        found, place = self._comparison.found(self._control, self._trained, batch)
+        self._last = place, found.gradient
         self._trained, self._optimizer_state, report = self._update.apply(
-            self._trained, self._optimizer_state, batch, fidelity, found
+            self._trained, self._optimizer_state, batch, place.fidelity, found
         )
         return report
-
-    def _accepted(self, found: Found, batch: Any) -> tuple[Found, Fidelity]:
-        """The gradient, or a better one at the same place where the controller is not content."""
-        assert self._comparison is not None
-        assert isinstance(self._update, PartedUpdate)
-        for _ in range(_MOST_REPEATS):
-            fidelity, norm = self._control.fidelity, found.norm
-            differences = None
-            if np.isfinite(norm):
-                place = Place(self._trained, batch, fidelity)
-                differences = self._comparison.differences(
-                    self._control.state, place, found.gradient
-                )
-            self._control.take(norm, differences)
-            if bool(getattr(self._control.state, "accepted", True)):
-                return found, fidelity
-            self._spend(found.report)
-            found = self._update.found(self._trained, batch, self._control.fidelity)
-        return found, self._control.fidelity
 
     def _measured(self, epoch: int) -> list[float] | None:
         """The error of the epoch's last gradient, where it is measured in this epoch."""
@@ -277,10 +250,6 @@ class Training:
             return None
         error = self._comparison.error(self._control.state, *self._last)
         return [float(part) for part in error]
-
-    def _spend(self, report: Report) -> None:
-        """Count the work of a gradient that nothing was done with."""
-        self._tally.spend(report)
 
     def _object(self) -> None:
         """Say, once, that the controller has been given what it cannot use."""

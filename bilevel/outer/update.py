@@ -35,7 +35,7 @@ Gradient: TypeAlias = Callable[[PyTree, Any, Fidelity], tuple[Array, PyTree, Arr
 """``gradient(trained, batch, fidelity)`` -> the loss, its gradient, numbers for the report."""
 
 Application: TypeAlias = Callable[..., tuple[PyTree, PyTree, Report]]
-"""``apply(trained, optimizer_state, batch, fidelity, *what a gradient returned)`` -> as an update."""
+"""``apply(trained, optimizer_state, batch, fidelity, *gradient(...))`` -> as an update."""
 
 
 def make_update(task: Task, optimizer: optax.GradientTransformation) -> Update:
@@ -65,9 +65,7 @@ def make_update(task: Task, optimizer: optax.GradientTransformation) -> Update:
     return update
 
 
-def make_parts(
-    task: Task, optimizer: optax.GradientTransformation
-) -> tuple[Gradient, Application]:
+def make_parts(task: Task, optimizer: optax.GradientTransformation) -> tuple[Gradient, Application]:
     """The two halves of an update, for those who compare gradients before they use one.
 
     **Arguments:** as [`make_update`][].

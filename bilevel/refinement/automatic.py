@@ -43,6 +43,23 @@ class Differences(NamedTuple):
     - `finer`: ‖g_b − g_c‖ of the middle and the finest one.
     - `noise`: standard deviation of a batch's gradient about the mean of all batches, as a
         norm; 0 where there is one batch, NaN where it was not measured this time.
+
+    In a loop of one's own, with `gradient(fidelity)` for the present batch and θ:
+
+    >>> ladder = Ladder.iterations(1, 1, 50)
+    >>> controller = AutomaticRefinement(ladder)
+    >>> state = controller.init()
+    >>> def gradient(fidelity):
+    ...     return 1.0 + 0.5 ** int(fidelity.budget.iterations)
+    >>> for _ in range(20):
+    ...     g = gradient(controller.fidelity(state))
+    ...     difference = None
+    ...     if controller.due(state):
+    ...         a, b, c = (gradient(fidelity) for fidelity in controller.compared(state))
+    ...         difference = Differences(abs(a - b), abs(b - c))
+    ...     state = controller.update(state, gradient_norm=abs(g), error=difference)
+    >>> int(controller.fidelity(state).budget.iterations)  # 0.5 ** 4 < 0.1
+    4
     """
 
     coarser: Any
@@ -139,7 +156,7 @@ class AutomaticRefinement(eqx.Module):
         ladder: Annotated[Ladder, Field(description="Use for example Ladder.iterations().")],
         *,
         signal: Part = 0.1,
-        noise: Part = 0.4,
+        noise: Part = 0.3,
         share: Part = 0.05,
     ):
         self.ladder = ladder
@@ -283,7 +300,8 @@ def _after(
     smooth = xp.where(state.norm > 0, state.norm + WEIGHT * (norm - state.norm), norm)
     fields = state._replace(
         updates=saturating_increment(state.updates),
-        norm=xp.where(known, smooth, state.norm), credit=state.credit + rule.share * here
+        norm=xp.where(known, smooth, state.norm),
+        credit=state.credit + rule.share * here,
     )
     usable = known
     if differences is not None:

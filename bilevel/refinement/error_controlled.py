@@ -208,7 +208,6 @@ class ErrorControlled(eqx.Module):
         """The primal budget of one level, the adjoint budget of the other."""
         return fidelity_at(self.ladder, state.level, state.adjoint_level)
 
-
     def finer(self, state: ErrorControlledState) -> tuple[Fidelity, Fidelity]:
         """The same fidelity but for a primal solve that goes twice as far, and for such an adjoint.
 

@@ -61,9 +61,7 @@ def test_only_periodic_padding_commutes_with_shifts(networks, dimensions, period
 
 
 @pytest.mark.parametrize(("dimensions", "kernel"), [(1, 3), (2, 3), (2, 5), (3, 3)])
-def test_a_residual_network_is_what_equinox_s_convolutions_make_of_it(
-    networks, dimensions, kernel
-):
+def test_a_residual_network_is_what_equinox_s_convolutions_make_of_it(networks, dimensions, kernel):
     network = networks.ResidualConvolution(
         jax.random.key(0), dimensions, 1, 2, channels=3, blocks=2, kernel=kernel, periodic=False
     )

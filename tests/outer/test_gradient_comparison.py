@@ -96,7 +96,9 @@ def test_a_noisy_gradient_takes_fewer_iterations(make_task: Any):
     common: dict[str, Any] = {"epochs": 30, "optimizer": optax.sgd(0.05)}
     noisy, quiet = (
         bl.optimize(
-            stochastic(make_task, solved, **common) if several else make_task(
+            stochastic(make_task, solved, **common)
+            if several
+            else make_task(
                 loss=lambda theta, batch, fidelity: solved(theta, 2.0, fidelity),
                 ladder=LADDER,
                 **(common | {"epochs": 240}),
@@ -213,9 +215,7 @@ def test_differences_are_those_of_the_gradients(make_task: Any):
             seen.append((int(state.level), measured))
             return super().update(state, metric, **measured)
 
-    bl.optimize(
-        make_task(ladder=LADDER, epochs=1), controller=Watching(LADDER), progress=False
-    )
+    bl.optimize(make_task(ladder=LADDER, epochs=1), controller=Watching(LADDER), progress=False)
 
     def gradient(K: int) -> float:
         gain = 1 - 0.5**K
