@@ -44,6 +44,8 @@ from .proximal import Box as Box
 from .proximal import ElasticNet as ElasticNet
 from .proximal import NonNegative as NonNegative
 from .proximal import ProximalOperator as ProximalOperator
+from .refinement.automatic import AutomaticRefinement as AutomaticRefinement
+from .refinement.automatic import Differences as Differences
 from .refinement.controller import Controller as Controller
 from .refinement.error_controlled import ErrorControlled as ErrorControlled
 from .refinement.fidelity import Fidelity as Fidelity

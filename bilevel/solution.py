@@ -9,6 +9,12 @@ from jaxtyping import Array, Float, Int, PyTree
 from bilevel.description import described
 from bilevel.status import Status
 
+_LOOSE = (
+    "But the tolerance is as large as the right-hand side (for other problems, as the residual "
+    "that tolerances refer to), so that zero passes for a solution: an absolute tolerance in the "
+    "units of another problem does that, such as the primal's given to an adjoint. Give rtol."
+)
+
 
 class Solution(eqx.Module):
     """How far an inner solve got.
@@ -77,4 +83,8 @@ class Solution(eqx.Module):
         if isinstance(self.status, Tracer):
             return "The status is traced: look at it outside jit, grad and vmap."
         codes = sorted({int(code) for code in self.status.reshape(-1)})
-        return " ".join(f"{Status(code).name}: {Status(code).diagnosis}" for code in codes)
+        said = [f"{Status(code).name}: {Status(code).diagnosis}" for code in codes]
+        met = np.asarray(self.status) == Status.CONVERGED
+        if np.any(met & (self.tolerance >= self.scale) & (self.scale > 0)):
+            said.append(_LOOSE)
+        return " ".join(said)

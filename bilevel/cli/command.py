@@ -58,7 +58,7 @@ def _main(words: list[str]) -> int:
     if options.command == "compare":
         from bilevel.cli.compare import compare
 
-        return compare(options)
+        return compare(options, words)
     if options.command == "plot":
         from bilevel.cli.plot import plot
 

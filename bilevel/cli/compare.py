@@ -1,6 +1,10 @@
 """`bilevel compare`: train a task under several policies."""
 
 import argparse
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
 
 from bilevel.cli.failure import DONE, INTERRUPTED, UsageError
 from bilevel.cli.output import put, say
@@ -18,8 +22,13 @@ from bilevel.outer.plotting import MissingPlotsError, plot_runs
 from bilevel.outer.policy import parse_policies
 
 
-def compare(options: argparse.Namespace) -> int:
+def compare(options: argparse.Namespace, words: Sequence[str]) -> int:
     """Compare the policies that the options name.
+
+    **Arguments:**
+
+    - `options`: parsed.
+    - `words`: that they were parsed from, to be kept with the comparison.
 
     **Returns:** the exit code.
     """
@@ -57,6 +66,7 @@ def compare(options: argparse.Namespace) -> int:
             max_nonfinite=options.max_nonfinite,
             progress=not options.quiet,
             overwrite=options.overwrite,
+            command=_written(words),
         )
     out = console()
     put(outcome.to_json()) if options.json else out.print(outcome.table())
@@ -68,6 +78,7 @@ def compare(options: argparse.Namespace) -> int:
                 directory / "comparison.png",
                 title=outcome.task,
                 metric_name=outcome.metric_name,
+                target=outcome.mean_target,
             )
         except MissingPlotsError as error:
             say(f"no picture: {error}")
@@ -80,3 +91,9 @@ def compare(options: argparse.Namespace) -> int:
         say(f"interrupted{kept}")
         return INTERRUPTED
     return DONE
+
+
+def _written(words: Sequence[str]) -> str:
+    """The command as one would type it here: paths from the working directory on."""
+    here = f"{Path.cwd()}{os.sep}"
+    return shlex.join(["bilevel", *(word.removeprefix(here) for word in words)])

@@ -11,12 +11,13 @@ from bilevel.outer.suggestion import did_you_mean
 _POLICIES = """policies:
   full                     the full solve in every step
   fixed=K, fixed=K:M       K primal and M adjoint iterations (M = K if not given)
-  best-fixed[=RUNS]        the constant level with the least work to the target, searched
-                           with RUNS runs (8 if not given); in comparisons only
+  best-fixed[=RUNS]        the cheapest constant level that ends where full ends but for the
+                           margin, searched among RUNS levels (8); in comparisons only
   schedule=linear:STEP     STEP levels up the ladder every epoch
   hoag=SEQUENCE            HOAG's tolerances: exponential, quadratic or cubic
   prdp                     progressive refinement, the published rule
   error                    the gradient's error kept below its norm
+  auto                     nothing to set: gradients compared at several levels now and then
   task                     the controller that the task brings
 """
 
@@ -113,9 +114,9 @@ def _parsers() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
     compare.add_argument(
         "--margin",
         type=_share,
-        default=0.05,
+        default=0.02,
         metavar="X",
-        help="part of full's final metric by which another may miss it (0.05)",
+        help="part of full's final metric by which another may miss it (0.02)",
     )
     _add_output(compare)
 
@@ -151,6 +152,15 @@ def _add_task(parser: Parser) -> None:
         metavar="NAME=VALUE",
         dest="settings",
         help="an argument of the task's function; may be given several times",
+    )
+    parser.add_argument(
+        "--size",
+        action="append",
+        type=_size,
+        default=argparse.SUPPRESS,
+        metavar="SIZE",
+        dest="settings",
+        help="--set size=SIZE, for tasks that come in sizes: paper or small",
     )
     parser.add_argument("--epochs", type=_whole, metavar="N", help="how long (the task's own)")
     parser.add_argument(
@@ -235,6 +245,10 @@ def _share(word: str) -> float:
         msg = f"{word!r} is negative."
         raise argparse.ArgumentTypeError(msg)
     return value
+
+
+def _size(word: str) -> tuple[str, str]:
+    return "size", word
 
 
 def _assignment(word: str) -> tuple[str, str]:

@@ -28,11 +28,11 @@ def plot(options: argparse.Namespace) -> int:
     try:
         if (directory / COMPARISON_FILE).is_file():
             comparison = Comparison.read(directory)
-            runs, title = comparison.runs, comparison.task
+            runs, title, target = comparison.runs, comparison.task, comparison.mean_target
             metric_name, default = comparison.metric_name, "comparison.png"
         elif (directory / SUMMARY_FILE).is_file():
             run = Run.read(directory)
-            runs, title = {run.summary.policy: [run]}, run.summary.task
+            runs, title, target = {run.summary.policy: [run]}, run.summary.task, None
             metric_name, default = run.summary.metric_name, "run.png"
         else:
             msg = (
@@ -41,7 +41,11 @@ def plot(options: argparse.Namespace) -> int:
             )
             raise UsageError(msg)
         picture = plot_runs(
-            runs, output or directory / default, title=title, metric_name=metric_name
+            runs,
+            output or directory / default,
+            title=title,
+            metric_name=metric_name,
+            target=target,
         )
     except ValueError as error:
         raise UsageError(str(error)) from error

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from bilevel.budget import UNLIMITED, Budget
 from bilevel.outer.policy import Policy
 from bilevel.outer.task import Task
+from bilevel.refinement.automatic import AutomaticRefinement
 from bilevel.refinement.error_controlled import ErrorControlled
 from bilevel.refinement.fidelity import Fidelity
 from bilevel.refinement.fixed import FixedFidelity
@@ -89,10 +90,11 @@ def _progressive(policy: Policy, task: Task) -> ProgressiveRefinement:
 
 
 def _error_controlled(policy: Policy, task: Task) -> ErrorControlled:
-    if task.hypergradient is None:
-        why = "the task gives a loss; give it hypergradient= in its place, to know the error"
-        raise ValueError(_unusable(policy, why))
     return ErrorControlled(_ladder(policy, task))
+
+
+def _automatic(policy: Policy, task: Task) -> AutomaticRefinement:
+    return AutomaticRefinement(_ladder(policy, task))
 
 
 def _own(policy: Policy, task: Task) -> Any:
@@ -125,5 +127,6 @@ _BUILDERS: dict[str, Callable[[Policy, Task], Any]] = {
     "hoag": _hoag,
     "prdp": _progressive,
     "error": _error_controlled,
+    "auto": _automatic,
     "task": _own,
 }

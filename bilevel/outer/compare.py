@@ -1,24 +1,33 @@
 """Compare: the same training under several policies."""
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import optax
 
+from bilevel.outer import text
 from bilevel.outer.assignment import controller_for, default_policy
 from bilevel.outer.callbacks import AnyCallback
-from bilevel.outer.comparison import COMPARISON_FILE, Candidate, Comparison
+from bilevel.outer.comparison import COMPARISON_FILE, FULL, Candidate, Comparison
+from bilevel.outer.machine import machine
 from bilevel.outer.optimize import NonFiniteError, optimize
-from bilevel.outer.policy import Policy, parse_policies
+from bilevel.outer.policy import Policy, parse_policies, parse_policy
 from bilevel.outer.progress import Reporter
-from bilevel.outer.run import INTERRUPTED, Run, holds_run
-from bilevel.outer.search import best_level
+from bilevel.outer.run import CHECKPOINT_FILE, INTERRUPTED, Run, holds_run
+from bilevel.outer.search import cheapest_level
 from bilevel.outer.settings import ComparisonSettings, validated
+from bilevel.outer.spread import Spread
 from bilevel.outer.task import Task
+from bilevel.outer.training import limits
+from bilevel.outer.versions import versions
+from bilevel.refinement.fidelity import Fidelity
 from bilevel.refinement.fixed import FixedFidelity
+from bilevel.refinement.ladder import Ladder
 
 
 def compare(
@@ -30,11 +39,12 @@ def compare(
     epochs: int | None = None,
     directory: str | os.PathLike[str] | None = None,
     target: float | None = None,
-    margin: float = 0.05,
+    margin: float = 0.02,
     callbacks: AnyCallback | Sequence[AnyCallback] = (),
     progress: bool | Reporter = True,
     max_nonfinite: int = 10,
     overwrite: bool = False,
+    command: str | None = None,
 ) -> Comparison:
     """Train under several policies, and say what each took to get where.
 
@@ -46,17 +56,18 @@ def compare(
 
     - `task`: a task, or ``task(seed) -> Task`` where start or data depend on the seed.
     - `policies`: of `full`, `fixed=K`, `fixed=K:M`, `best-fixed`, `best-fixed=RUNS`,
-        `schedule=linear:STEP`, `hoag=exponential|quadratic|cubic`, `prdp`, `error`, `task`,
+        `schedule=linear:STEP`, `hoag=exponential|quadratic|cubic`, `prdp`, `error`, `auto`, `task`,
         which ``bilevel compare --help`` explains. By default what the task recommends, else
         `full` and the task's controller, or `prdp` on its ladder.
     - `seeds`: how many, from 0, or the seeds themselves.
     - `optimizer`, `epochs`, `callbacks`, `progress`, `max_nonfinite`: as in
         [`optimize`][].
     - `directory`: where to keep the runs and `comparison.json`; `None` keeps nothing.
-    - `target`: metric that the policies are timed to; by default the final metric of
-        `full`, seed by seed, with the margin.
+    - `target`: metric that the policies are timed to, and that `best-fixed` has to end at;
+        by default the final metric of `full`, seed by seed, with the margin.
     - `margin`: part of full's final metric by which another may miss it.
     - `overwrite`: whether a comparison in `directory` may be replaced.
+    - `command`: the command that this was made by, to be kept with it.
 
     **Returns:** the comparison: runs, rows and a table.
 
@@ -108,8 +119,15 @@ def compare(
         "callbacks": callbacks,
         "max_nonfinite": max_nonfinite,
         "overwrite": overwrite,
+        "time_solver": True,
     }
-    comparing = _Comparing(build, settings, common, progress, parsed, first)
+    origin = {
+        "command": command,
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+        "versions": versions(),
+    }
+    comparing = _Comparing(build, settings, common, progress, parsed, first, origin)
     try:
         comparing.run()
     finally:
@@ -133,6 +151,7 @@ class _Comparing:
         progress: bool | Reporter,  # noqa: FBT001
         policies: Sequence[Policy],
         first: Task,
+        origin: dict[str, Any],
     ):
         self._build = build
         self._first = first
@@ -148,7 +167,9 @@ class _Comparing:
             margin=settings.margin,
             search=[],
             interrupted=False,
+            origin=origin,
         )
+        self._tried: dict[tuple[int, int], Run] = {}
 
     def run(self) -> None:
         """Train under every policy; the search last, for its target is the full solve's."""
@@ -166,36 +187,101 @@ class _Comparing:
     def _all_seeds(self, policy: Policy, controller: Callable[[Task], Any]) -> None:
         for seed in self._settings.seeds:
             task = _built(self._build, seed)
-            directory = self._settings.directory
-            if directory is not None:
-                directory = _folder(directory, policy, seed)
+            directory = self._directory(policy, seed)
             run = self._train(task, controller(task), policy.text, seed, directory)
             self.comparison.runs[policy.text].append(run)
             if run.status == INTERRUPTED:
                 raise _Interrupted
 
     def _search(self, policy: Policy, task: Task) -> None:
-        """Find the best constant level with the first seed, then train all seeds at it."""
-        assert task.ladder is not None
-        ladder, seed = task.ladder, self._settings.seeds[0]
-        target = self.comparison.target_of(0)
+        """Find the cheapest constant level that ends where the full solve does.
 
-        def cost(level: int) -> tuple[float, float]:
+        The first seed says where to look, all seeds what is found: one seed's noise is often
+        larger than the margin.
+        """
+        assert task.ladder is not None
+        ladder, seeds = task.ladder, self._settings.seeds
+        places = [k for k in range(len(seeds)) if self.comparison.target_of(k) is not None]
+        top = len(ladder) - 1
+        full = self.comparison.runs.get(FULL, [])
+        if len(full) == len(seeds) and same_budgets(ladder.fidelity(top), task.full_fidelity):
+            self._tried |= {(top, seed): run for seed, run in zip(seeds, full, strict=True)}
+
+        def excess(level: int, wanted: Sequence[int]) -> float:
+            runs = {place: self._try(policy, level, place) for place in wanted}
+            self._note_candidates(ladder)
+            return self.comparison.excess(runs)
+
+        level = None
+        if places:
+            known = {top: excess(top, places)} if (top, seeds[0]) in self._tried else {}
+            level = cheapest_level(
+                lambda level: excess(level, places[:1]),
+                _sizes(ladder),
+                policy.numbers[0],
+                judge=lambda level: excess(level, places),
+                known=known,
+            )
+        if level is not None:
+            runs = [self._try(policy, level, place) for place in range(len(seeds))]
+        elif len(full) == len(seeds):
+            # No level gets there: what is left is to solve in full.
+            runs = full
+        else:
+            self._all_seeds(policy, lambda task: controller_for(parse_policy(FULL), task))
+            return
+        for seed, run in zip(seeds, runs, strict=True):
+            kept = _renamed(run, self._label(policy.text, seed), self._directory(policy, seed))
+            self.comparison.runs[policy.text].append(kept)
+
+    def _try(self, policy: Policy, level: int, place: int) -> Run:
+        """The run at a constant level, made unless there is one."""
+        seed = self._settings.seeds[place]
+        run = self._tried.get((level, seed))
+        if run is None:
+            task = _built(self._build, seed)
+            assert task.ladder is not None
             name = f"{policy.text}, trying level {level}"
-            run = self._train(task, FixedFidelity(ladder.fidelity(level)), name, seed, None)
+            run = self._train(task, FixedFidelity(task.ladder.fidelity(level)), name, seed, None)
             if run.status == INTERRUPTED:
                 raise _Interrupted
-            candidate = Candidate.of(level, run, target)
-            self.comparison.search.append(candidate)
-            return candidate.cost
+            self._tried[level, seed] = run
+        return run
 
-        level, _ = best_level(cost, len(ladder), policy.numbers[0])
-        self._all_seeds(policy, lambda task: FixedFidelity((task.ladder or ladder).fidelity(level)))
+    def _note_candidates(self, ladder: Ladder) -> None:
+        """Bring what the comparison says about the search up to date."""
+        places = {seed: place for place, seed in enumerate(self._settings.seeds)}
+        search = self.comparison.search
+        search.clear()
+        for level in sorted({level for level, _ in self._tried}):
+            runs = {places[seed]: run for (k, seed), run in self._tried.items() if k == level}
+            metrics = [run.summary.final_metric for run in runs.values()]
+            work = Spread.of([run.summary.work for run in runs.values()])
+            metric = Spread.of(metrics)
+            budget = ladder.fidelity(level).budget
+            search.append(
+                Candidate(
+                    level=level,
+                    budget=text.budget(
+                        int(budget.iterations), float(budget.rtol), float(budget.atol)
+                    ),
+                    runs=len(runs),
+                    work=None if work is None else work.mean,
+                    metric=None if metric is None else metric.mean,
+                    excess=self.comparison.excess(runs),
+                )
+            )
+
+    def _label(self, name: str, seed: int) -> str:
+        return name if len(self._settings.seeds) == 1 else f"{name}, seed {seed}"
+
+    def _directory(self, policy: Policy, seed: int) -> Path | None:
+        directory = self._settings.directory
+        return None if directory is None else _folder(directory, policy, seed)
 
     def _train(
         self, task: Task, controller: Any, name: str, seed: int, directory: Path | None
     ) -> Run:
-        label = name if len(self._settings.seeds) == 1 else f"{name}, seed {seed}"
         try:
             return optimize(
                 task,
@@ -203,11 +289,36 @@ class _Comparing:
                 directory=directory,
                 seed=seed,
                 progress=self._progress,
-                label=label,
+                label=self._label(name, seed),
                 **self._common,
             )
         except NonFiniteError as error:
             return error.run
+
+
+def same_budgets(first: Fidelity, second: Fidelity | None) -> bool:
+    """Whether two fidelities come to the same solve."""
+    if second is None or first.static != second.static:
+        return False
+    numbers = [{**limits(fidelity), "level": None} for fidelity in (first, second)]
+    return numbers[0] == numbers[1]
+
+
+def _sizes(ladder: Ladder) -> Sequence[float]:
+    """Something that grows with the levels: their iterations, or their places."""
+    caps = [int(fidelity.budget.iterations) for fidelity in ladder]
+    rising = all(low < high for low, high in itertools.pairwise(caps))
+    return caps if rising else range(1, len(caps) + 1)
+
+
+def _renamed(run: Run, name: str, directory: Path | None) -> Run:
+    """A run that was made for another purpose, as it is to be kept."""
+    run = dataclasses.replace(run, summary=dataclasses.replace(run.summary, policy=name))
+    if directory is None:
+        return dataclasses.replace(run, directory=None)
+    (directory / CHECKPOINT_FILE).unlink(missing_ok=True)
+    run.save(directory)
+    return dataclasses.replace(run, directory=directory)
 
 
 class _Interrupted(Exception):  # noqa: N818

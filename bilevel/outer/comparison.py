@@ -5,89 +5,26 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Group
-from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from bilevel.outer import text
 from bilevel.outer.history import decode_number, encode
+from bilevel.outer.path import budget_path, budgets_in_words
+from bilevel.outer.row import Row, outcome
 from bilevel.outer.run import COMPLETED, STOPPED, Run
+from bilevel.outer.sheet import Sheet
+from bilevel.outer.spread import CONFIDENCE, Spread
+from bilevel.outer.tables import until_target, whole_runs
 
 COMPARISON_FILE = "comparison.json"
+TABLE_FILE = "comparison.md"
 FULL = "full"
 SEARCH = "best-fixed"
-
-
-@dataclasses.dataclass(frozen=True)
-class Spread:
-    """Mean and standard deviation of one number over seeds.
-
-    - `mean`: over the runs that have the number.
-    - `deviation`: of the sample; `None` for fewer than two.
-    - `count`: runs that have it.
-
-    >>> Spread.of([1.0, 3.0]).mean
-    2.0
-    """
-
-    mean: float
-    deviation: float | None
-    count: int
-
-    @classmethod
-    def of(cls, values: Sequence[float | None]) -> "Spread | None":
-        """From numbers; `None` if there is none."""
-        known = [float(value) for value in values if value is not None]
-        if not known:
-            return None
-        finite = all(math.isfinite(value) for value in known)
-        mean = statistics.fmean(known)
-        deviation = statistics.stdev(known) if len(known) > 1 and finite else None
-        return cls(mean, deviation, len(known))
-
-    def show(self, form: Callable[[float | None], str]) -> str:
-        """The mean, and ± the deviation where there is one."""
-        if not self.deviation:
-            return form(self.mean)
-        return f"{form(self.mean)} ± {form(self.deviation)}"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """One policy, over its seeds.
-
-    - `policy`, `runs`: its name, and how many runs there are.
-    - `status`: `completed`, or what the others were.
-    - `final_metric`, `best_metric`: at the end, and the smallest of a run.
-    - `primal_iterations`, `adjoint_iterations`: sums over a run.
-    - `seconds`, `seconds_without_compile`: wall time of a run.
-    - `compilations`: of the update, in a run.
-    - `reached`: runs that came to the target.
-    - `epochs_to_target`, `work_to_target`, `seconds_to_target`,
-        `seconds_to_target_without_compile`: until then, over the runs that did; work is
-        primal and adjoint iterations together.
-    """
-
-    policy: str
-    runs: int
-    status: str
-    final_metric: Spread | None
-    best_metric: Spread | None
-    primal_iterations: Spread | None
-    adjoint_iterations: Spread | None
-    seconds: Spread | None
-    seconds_without_compile: Spread | None
-    compilations: Spread | None
-    reached: int | None
-    epochs_to_target: Spread | None
-    work_to_target: Spread | None
-    seconds_to_target: Spread | None
-    seconds_to_target_without_compile: Spread | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,33 +55,20 @@ class Arrival:
 class Candidate:
     """A constant level that the search for the best one tried.
 
-    - `level`, `iterations`: of the ladder, and its primal cap.
-    - `work`: iterations to the target; infinite if it was not reached.
-    - `metric`: at the end.
+    - `level`, `budget`: of the ladder, and what it allows a solve, in words.
+    - `runs`: seeds that it was tried with.
+    - `work`: iterations of a run, primal and adjoint; mean over the seeds.
+    - `metric`: at the end; mean over the seeds.
+    - `excess`: by what part the metric misses what it had to reach, mean over the seeds; at
+        most 0 where it got there, infinite where a run failed.
     """
 
     level: int
-    iterations: int | None
-    work: float
-    metric: float
-
-    @classmethod
-    def of(cls, level: int, run: Run, target: float | None) -> Self:
-        """Of a run at that level."""
-        arrival = Arrival.of(run, target)
-        # Where no solve reports its iterations, epochs at a cap are the work.
-        cap = run.history[-1].budget_iterations if run.history else None
-        work = math.inf
-        if arrival is not None:
-            work = arrival.epoch * (cap or 1) if arrival.work is None else arrival.work
-        metric = run.summary.final_metric
-        usable = metric is not None and math.isfinite(metric) and run.status == COMPLETED
-        return cls(level, cap, work, metric if usable and metric is not None else math.inf)
-
-    @property
-    def cost(self) -> tuple[float, float]:
-        """Work first; where no level reaches the target, the metric decides."""
-        return self.work, self.metric
+    budget: str
+    runs: int
+    work: float | None
+    metric: float | None
+    excess: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +81,7 @@ class Comparison:
     - `margin`: part of full's final metric by which another may miss it.
     - `search`: levels that `best-fixed` tried.
     - `interrupted`: whether Ctrl-C ended it early.
+    - `origin`: when, where and by which command it was made.
 
     >>> import bilevel as bl, optax
     >>> task = bl.Task(1.0, lambda theta, batch, fidelity: theta**2, full=bl.Budget(1))
@@ -172,6 +97,7 @@ class Comparison:
     margin: float
     search: list[Candidate]
     interrupted: bool
+    origin: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
 
     def target_of(self, place: int) -> float | None:
         """The target for the runs of one seed, by its place among the seeds."""
@@ -185,18 +111,70 @@ class Comparison:
             return None
         return metric + self.margin * abs(metric)
 
+    def excess(self, runs: Mapping[int, Run]) -> float:
+        """By what part final metrics miss the target, mean over the seeds; 0 reaches it.
+
+        **Arguments:**
+
+        - `runs`: by the place of their seeds; those without a target do not count.
+
+        **Returns:** infinite where a run failed, NaN where nothing has a target.
+        """
+        misses: list[float] = []
+        for place, run in runs.items():
+            target = self.target_of(place)
+            if target is None:
+                continue
+            metric = run.summary.final_metric
+            if (
+                metric is None
+                or not math.isfinite(metric)
+                or run.status not in (COMPLETED, STOPPED)
+            ):
+                return math.inf
+            # A target of zero gives no part to measure by.
+            misses.append((metric - target) / (abs(target) or 1.0))
+        return statistics.fmean(misses) if misses else math.nan
+
     @property
     def rows(self) -> list[Row]:
         """One row a policy, in the order they were asked for."""
         return [self._row(policy, runs) for policy, runs in self.runs.items() if runs]
 
     def table(self) -> Group:
-        """Two printable tables: whole runs, and what it took to the target."""
-        parts: list[Table | Text] = [self._whole_runs()]
-        if any(row.reached is not None for row in self.rows):
-            parts.append(self._to_target())
-        parts += [Text(note) for note in self._notes()]
-        return Group(*parts)
+        """Two printable tables: whole runs, and what it took to the target; then notes."""
+        return Group(*self._sheets, *(Text(note) for note in self.notes))
+
+    @property
+    def _sheets(self) -> list[Sheet]:
+        rows = self.rows
+        timed = any(row.reached is not None for row in rows)
+        whole = whole_runs(rows, self.task, self.metric_name, budgets=not timed)
+        return [whole, until_target(rows, self.goal)] if timed else [whole]
+
+    def to_markdown(self) -> str:
+        """The tables and notes in Markdown, with what made them."""
+        lines = [f"**{sheet.title}**\n\n{sheet.markdown()}\n" for sheet in self._sheets]
+        lines.append("\n".join(f"- {note}" for note in [*self.notes, *_origin_notes(self.origin)]))
+        return "\n".join(lines)
+
+    @property
+    def goal(self) -> str:
+        """What policies are timed to, in words."""
+        how = "" if self.target is not None else f", full's final one + {self._percent}"
+        if how and self._seeds > 1:
+            how += ", seed by seed"
+        return f"until {self.metric_name} ≤ {text.number(self.mean_target)}{how}"
+
+    @property
+    def mean_target(self) -> float | None:
+        """What policies are timed to, mean over the seeds."""
+        targets = Spread.of([self.target_of(place) for place in range(self._seeds)])
+        return None if targets is None else targets.mean
+
+    @property
+    def _percent(self) -> str:
+        return f"{100 * self.margin:.3g} %"
 
     def to_json(self) -> str:
         """The comparison as one JSON object; the runs by their summaries."""
@@ -207,7 +185,12 @@ class Comparison:
             "targets": [self.target_of(place) for place in range(self._seeds)],
             "margin": self.margin,
             "interrupted": self.interrupted,
+            "origin": self.origin,
+            "confidence": CONFIDENCE,
             "rows": [dataclasses.asdict(row) for row in self.rows],
+            "budgets": {
+                policy: [budget_path(run) for run in runs] for policy, runs in self.runs.items()
+            },
             "search": [dataclasses.asdict(candidate) for candidate in self.search],
             "runs": {
                 policy: [json.loads(run.summary.to_json()) for run in runs]
@@ -220,10 +203,11 @@ class Comparison:
         return json.dumps(encode(fields), indent=2, allow_nan=False)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `comparison.json`; the runs have written themselves."""
+        """Write `comparison.json` and `comparison.md`; the runs have written themselves."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / COMPARISON_FILE).write_text(self.to_json() + "\n", encoding="utf-8")
+        (directory / TABLE_FILE).write_text(self.to_markdown() + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, directory: str | os.PathLike[str]) -> Self:
@@ -254,6 +238,7 @@ class Comparison:
                 stored["margin"],
                 search,
                 stored["interrupted"],
+                stored["origin"],
             )
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             msg = f"{path} is no comparison that bilevel wrote: {error!r}"
@@ -268,20 +253,29 @@ class Comparison:
         targets = [self.target_of(place) for place in range(len(runs))]
         arrivals = [Arrival.of(run, target) for run, target in zip(runs, targets, strict=True)]
         reached = [arrival for arrival in arrivals if arrival is not None]
-        others = sorted({run.status for run in runs} - {COMPLETED})
+        full = self.runs.get(FULL, [])
+        pairs = list(zip(runs, full, strict=False))
+        ended = all(run.status in (COMPLETED, STOPPED) for pair in pairs for run in pair)
+        bases = [Arrival.of(run, target) for run, target in zip(full, targets, strict=False)]
+        both = [(mine, base) for mine, base in zip(arrivals, bases, strict=False) if mine and base]
         return Row(
             policy=policy,
             runs=len(runs),
-            status=", ".join(others) or COMPLETED,
+            status=outcome(runs),
             final_metric=Spread.of([summary.final_metric for summary in summaries]),
             best_metric=Spread.of([summary.best_metric for summary in summaries]),
+            relative_metric=Spread.of([_ratio(run, base) for run, base in pairs if ended]),
             primal_iterations=Spread.of([summary.primal_iterations for summary in summaries]),
             adjoint_iterations=Spread.of([summary.adjoint_iterations for summary in summaries]),
+            work=Spread.of([summary.work for summary in summaries]),
+            saved=_saved([(run.summary.work, base.summary.work) for run, base in pairs if ended]),
             seconds=Spread.of([summary.seconds for summary in summaries]),
             seconds_without_compile=Spread.of(
                 [summary.seconds_without_compile for summary in summaries]
             ),
+            solver_seconds=Spread.of([summary.solver_seconds for summary in summaries]),
             compilations=Spread.of([summary.compilations for summary in summaries]),
+            budgets=budgets_in_words(runs),
             reached=len(reached) if any(target is not None for target in targets) else None,
             epochs_to_target=Spread.of([arrival.epoch for arrival in reached]),
             work_to_target=Spread.of([arrival.work for arrival in reached]),
@@ -289,79 +283,32 @@ class Comparison:
             seconds_to_target_without_compile=Spread.of(
                 [arrival.seconds_without_compile for arrival in reached]
             ),
+            saved_to_target=_saved([(mine.work, base.work) for mine, base in both]),
+            seconds_saved_to_target=_saved([(mine.seconds, base.seconds) for mine, base in both]),
         )
 
-    def _whole_runs(self) -> Table:
-        table = text.table(title=escape(f"{self.task}, whole runs"))
-        _columns(
-            table,
-            (
-                "policy",
-                escape(self.metric_name),
-                "Σ primal",
-                "Σ adjoint",
-                "wall, s",
-                "without compile",
-            ),
-        )
-        table.add_column("compiles", justify="right")
-        for row in self.rows:
-            status = "" if row.status == COMPLETED else f" ({row.status})"
-            table.add_row(
-                f"{row.policy}{status}",
-                _show(row.final_metric, text.number),
-                _show(row.primal_iterations, text.count),
-                _show(row.adjoint_iterations, text.count),
-                _show(row.seconds, text.seconds),
-                _show(row.seconds_without_compile, text.seconds),
-                _show(row.compilations, text.number),
-            )
-        return table
-
-    def _to_target(self) -> Table:
-        targets = [self.target_of(place) for place in range(self._seeds)]
-        level = Spread.of(targets)
-        where = text.NOTHING if level is None else text.number(level.mean)
-        how = "" if self.target is not None else f", full's final one + {100 * self.margin:.3g} %"
-        table = text.table(title=escape(f"until {self.metric_name} ≤ {where}{how}"))
-        _columns(table, ("policy", "epochs", "Σ iterations", "saved", "wall, s", "saved"))
-        table.add_column("without compile", justify="right")
-        table.add_column("saved", justify="right")
-        base = next((row for row in self.rows if row.policy == FULL), None)
-        for row in self.rows:
-            if not row.reached:
-                table.add_row(row.policy, "not reached")
-                continue
-            part = "" if row.reached == row.runs else f" ({row.reached} of {row.runs})"
-            cells = [f"{row.policy}{part}", _show(row.epochs_to_target, text.count)]
-            for name, form in (
-                ("work_to_target", text.count),
-                ("seconds_to_target", text.seconds),
-                ("seconds_to_target_without_compile", text.seconds),
-            ):
-                value: Spread | None = getattr(row, name)
-                cells += [
-                    _show(value, form),
-                    _saved(value, None if row.policy == FULL else base, name),
-                ]
-            table.add_row(*cells)
-        return table
-
-    def _notes(self) -> list[str]:
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the tables has to know, a sentence or two each."""
         notes: list[str] = []
-        if any(row.runs > 1 for row in self.rows):
-            notes.append("Means over the seeds, ± the sample's standard deviation.")
-        if self.search:
-            tried = ", ".join(
-                f"{candidate.iterations}" for candidate in sorted(self.search, key=_by_level)
+        rows = self.rows
+        most = max((row.runs for row in rows), default=0)
+        if most > 1:
+            notes.append(
+                f"Means over {most} seeds, ± half the 95 % confidence interval of the mean "
+                "(Student's t)."
             )
-            found = "".join(
-                f" {policy} stands for {runs[0].history[-1].budget_iterations} iterations."
-                for policy, runs in self.runs.items()
-                if policy.startswith(SEARCH) and runs and runs[0].history
+        if any(row.reached is not None for row in rows):
+            notes.append(
+                "Timed to the first epoch at the target, for full too, whose own first is often "
+                "before its last."
             )
-            notes.append(f"{SEARCH} tried budgets of {tried} iterations.{found}")
-        if any(row.primal_iterations is None for row in self.rows):
+        if any(row.solver_seconds is not None for row in rows):
+            notes.append(
+                "Solver: Σ iterations times what one takes, timed after the run; without set-up."
+            )
+        notes += self._search_notes()
+        if any(row.primal_iterations is None for row in rows):
             notes.append(
                 "Where Σ is missing no solve reported: pass fidelity=fidelity to bl.solve."
             )
@@ -369,26 +316,65 @@ class Comparison:
             notes.append("Interrupted: what is missing was not run.")
         return notes
 
+    def _search_notes(self) -> list[str]:
+        searches = [policy for policy, runs in self.runs.items() if _is_search(policy) and runs]
+        if not searches and not self.search:
+            return []
+        wanted = (
+            f"within {self._percent} of full's" if self.target is None else "at most the target"
+        )
+        lines = [
+            f"{SEARCH}: the cheapest constant budget whose final {self.metric_name} is {wanted}."
+        ]
+        if self.search:
+            tried = "; ".join(
+                f"{each.budget}: {text.number(each.metric)}"
+                # Another mean than its neighbours', with which it may not be in order.
+                + (f" ({each.runs} of {self._seeds} seeds)" if each.runs < self._seeds else "")
+                for each in sorted(self.search, key=lambda each: each.level)
+            )
+            lines[0] += f" Tried: {tried}."
+        for policy in searches:
+            allowed = budgets_in_words(self.runs[policy])
+            reached = any(each.excess <= 0 for each in self.search)
+            none = "" if reached else ", the full solve's, for no level tried gets there"
+            lines.append(f"{policy} stands for {allowed} iterations{none}.")
+        return [" ".join(lines)]
 
-def _by_level(candidate: Candidate) -> int:
-    return candidate.level
+
+def _is_search(policy: str) -> bool:
+    return policy.partition("=")[0] == SEARCH
 
 
-def _columns(table: Table, names: Sequence[str]) -> None:
-    for name in names:
-        table.add_column(name, justify="left" if name == "policy" else "right")
+def _origin_notes(origin: Mapping[str, Any]) -> list[str]:
+    """What made a comparison, as far as it is known."""
+    if not origin:
+        return []
+    machine, versions = origin["machine"], origin["versions"]
+    command = f"`{origin['command']}`, " if origin["command"] else ""
+    core = "core" if machine["cores"] == 1 else "cores"
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    devices = ", ".join(machine["devices"])
+    where = f"{machine['processor']}, {machine['cores']} {core}, device {devices}"
+    return [
+        f"Made by {command}{origin['date']}, on {where}; {machine['dtype']} by default.",
+        f"Versions: {packages}.",
+    ]
 
 
-def _show(value: Spread | None, form: Callable[[float | None], str]) -> str:
-    return text.NOTHING if value is None else value.show(form)
+def _ratio(run: Run, base: Run) -> float | None:
+    """`None` where the reference is no positive number: a ratio would say nothing."""
+    mine, reference = run.summary.final_metric, base.summary.final_metric
+    return mine / reference if mine is not None and reference and reference > 0 else None
 
 
-def _saved(value: Spread | None, base: Row | None, name: str) -> str:
-    reference: Spread | None = None if base is None else getattr(base, name)
-    if value is None or reference is None or not reference.mean > 0:
-        return ""
-    saved = round(100 * (1 - value.mean / reference.mean))
-    return f"{saved} %" if saved >= 0 else f"{-saved} % more"
+def _saved(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
+    """Part of the second numbers' sum that the first save; `None` where one is missing."""
+    known = [(mine, full) for mine, full in pairs if mine is not None and full is not None]
+    full = sum(base for _, base in known)
+    if len(known) < len(pairs) or not full > 0:
+        return None
+    return 1 - sum(mine for mine, _ in known) / full
 
 
 def _relative(run: Run) -> str:

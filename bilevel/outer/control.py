@@ -48,7 +48,8 @@ class Control:
             msg = (
                 f"optimize: {type(controller).__name__} needs the truncation error of the "
                 "gradient, which a loss alone does not tell. Give the task hypergradient= (see "
-                "bl.hypergradient) in place of loss=, or take another controller."
+                "bl.hypergradient) in place of loss=, or the controller a method finer(state) "
+                "(see bl.ErrorControlled), or take another controller."
             )
             raise TypeError(msg)
         # Bound once: a method of an equinox module costs tens of microseconds to look up.
@@ -56,6 +57,7 @@ class Control:
         self._look_up = controller.fidelity
         self._object = getattr(controller, "objection", None)
         self._name = type(controller).__name__
+        self._without = getattr(controller, "without_measurement", "holds its level")
         self._measures_error = measures_error
         # A rule that reads the metric gets the one before training; one that reads the
         # gradient has nothing to read yet, and one that counts has nothing to count.
@@ -93,7 +95,7 @@ class Control:
         if self.rejected:
             return (
                 f"{self._name} could not use what was measured (NaN, infinite or of the wrong "
-                "sign) and holds its level."
+                f"sign) and {self._without}."
             )
         return None
 
@@ -122,6 +124,20 @@ class Control:
         """Go on from a state that was kept."""
         self.state = state
         self.fidelity = uniform(self._look_up(state))
+
+    def take(self, gradient_norm: Any, differences: Any = None) -> None:
+        """Take in one update, for a controller that is told of each.
+
+        **Arguments:**
+
+        - `gradient_norm`: NaN where it was not usable.
+        - `differences`: where gradients were compared.
+        """
+        number = _number(gradient_norm, jnp.result_type(float))
+        before = self.state
+        self.state = self._decide(before, gradient_norm=number, error=differences)
+        if int(self.state.level) != int(before.level):
+            self.fidelity = uniform(self._look_up(self.state))
 
     def advance(
         self,

@@ -57,6 +57,7 @@ def optimize(
     overwrite: bool = False,
     resume: bool = False,
     label: str | None = None,
+    time_solver: bool = False,
 ) -> Run:
     """Train a task's parameters, at the fidelity a controller asks for.
 
@@ -90,6 +91,9 @@ def optimize(
         closure have changed; the code of the functions and what stands in arrays, globals and
         objects cannot be compared and must be the same.
     - `label`: name of the run in tables and files; the controller's class by default.
+    - `time_solver`: whether to find out after the run how much of its time the solves took,
+        by some more updates whose results are dropped: at most a twentieth of its wall time,
+        in no other figure of the run. It is the summary's `solver_seconds`.
 
     **Returns:** the run: parameters, history, summary.
 
@@ -139,10 +143,10 @@ def optimize(
         reporter(progress),
         label or type(controller).__name__,
     )
-    return _guarded(training)
+    return _guarded(training, time_solver=time_solver)
 
 
-def _guarded(training: Training) -> Run:
+def _guarded(training: Training, *, time_solver: bool) -> Run:
     """Train, and keep what was done however it ends."""
     if training.resumes:
         # A refusal comes before anything of this run is kept or said.
@@ -158,7 +162,16 @@ def _guarded(training: Training) -> Run:
         training.end(FAILED, f"{type(error).__name__} {training.place}: {error}")
         raise
     reason = training.stop_reason
-    return training.end(COMPLETED if reason is None else STOPPED, reason or "")
+    run = training.end(COMPLETED if reason is None else STOPPED, reason or "")
+    return _timed(run, training) if time_solver else run
+
+
+def _timed(run: Run, training: Training) -> Run:
+    """The run, with what its solves took."""
+    try:
+        return run.with_summary(solver_seconds=training.solver_seconds())
+    except KeyboardInterrupt:
+        return run.with_summary(status=INTERRUPTED, message="interrupted after the last epoch")
 
 
 def _checked(task: Any) -> Task:

@@ -13,6 +13,7 @@ SYNTAX = {
     "hoag": "hoag=exponential|quadratic|cubic",
     "prdp": "prdp",
     "error": "error",
+    "auto": "auto",
     "task": "task",
 }
 """How each kind of policy is written."""
@@ -20,12 +21,13 @@ SYNTAX = {
 MEANING = {
     "full": "the full solve in every step",
     "fixed": "K primal and M adjoint iterations (M = K by default) in every step",
-    "best-fixed": "the constant level of the ladder with the least work to the target, "
-    "searched with RUNS runs (default 8)",
+    "best-fixed": "the cheapest constant level of the ladder that ends where full ends but for "
+    "the margin, searched among RUNS levels (default 8)",
     "schedule": "STEP levels up the ladder every epoch",
     "hoag": "tolerances that fall by HOAG's sequences, 1e-3 at the start",
     "prdp": "progressive refinement by the published rule",
-    "error": "the hypergradient's error is held below its norm",
+    "error": "the hypergradient's error is held below its norm, primal and adjoint apart",
+    "auto": "nothing to set: gradients compared at several levels now and then",
     "task": "the controller that the task brings",
 }
 """What each kind of policy does."""
@@ -61,7 +63,7 @@ def parse_policy(written: str) -> Policy:
 
     - `written`: one of `full`, `fixed=K`, `fixed=K:M`, `best-fixed`, `best-fixed=RUNS`,
         `schedule=linear:STEP`, `hoag=exponential|quadratic|cubic`, `prdp`, `error`,
-        `task`.
+        `auto`, `task`.
 
     **Raises:** `ValueError` in one line, with the nearest known name.
 

@@ -46,6 +46,8 @@ class Summary:
         reported.
     - `seconds`: wall time with everything; `compile_seconds` of it for compilation,
         `update_seconds` for updates, `validation_seconds` for validation.
+    - `solver_seconds`: of `update_seconds` for the iterations of the solves, primal and
+        adjoint, as timed after the run; `None` where nobody asked or it cannot be told.
     - `compilations`: of the update.
     - `other_compilations`: of validation and controller.
     - `device`, `versions`: what it ran on.
@@ -80,11 +82,19 @@ class Summary:
     other_compilations: int
     device: str
     versions: dict[str, str]
+    solver_seconds: float | None = None
 
     @property
     def seconds_without_compile(self) -> float:
         """Wall time of everything but compilation."""
         return self.seconds - self.compile_seconds
+
+    @property
+    def work(self) -> int | None:
+        """Primal and adjoint iterations together; `None` if no solve reported."""
+        if self.primal_iterations is None:
+            return None
+        return self.primal_iterations + (self.adjoint_iterations or 0)
 
     def to_json(self) -> str:
         """The summary as one JSON object."""
@@ -99,13 +109,16 @@ class Summary:
         **Raises:** `ValueError` for anything else.
         """
         stored: Any = json.loads(written)
-        names = {field.name for field in dataclasses.fields(cls)}
-        missing = names - set(stored if isinstance(stored, dict) else ())
+        fields = dataclasses.fields(cls)
+        given: set[Any] = set(stored) if isinstance(stored, dict) else set()
+        # What has a default may have come with a later version.
+        missing = {field.name for field in fields if field.default is dataclasses.MISSING} - given
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             named = f"{', '.join(sorted(missing)[:3])}{more}"
             msg = f"not a summary of a bilevel run, {named} missing"
             raise ValueError(msg)
+        names = [field.name for field in fields if field.name in given]
         return cls(**{name: decode_number(stored[name]) for name in names})
 
 
@@ -149,7 +162,15 @@ class Run:
         save_arrays(directory / THETA_FILE, self.theta)
         if directory != self.directory:
             self.history.write(directory / HISTORY_FILE)
-        (directory / SUMMARY_FILE).write_text(self.summary.to_json() + "\n", encoding="utf-8")
+        _save_summary(directory, self.summary)
+
+    def with_summary(self, **fields: Any) -> Self:
+        """The same run with other fields in its summary, on disk too."""
+        summary = dataclasses.replace(self.summary, **fields)
+        run = dataclasses.replace(self, summary=summary)
+        if run.directory is not None:
+            _save_summary(run.directory, summary)
+        return run
 
     @classmethod
     def read(cls, directory: str | os.PathLike[str], like: PyTree = None) -> Self:
@@ -192,8 +213,11 @@ class Run:
             "Σ adjoint iterations": text.count(summary.adjoint_iterations),
             "wall time": f"{text.seconds(summary.seconds)} s, without compile "
             f"{text.seconds(summary.seconds_without_compile)} s",
+            "of it in the solves": f"{text.seconds(summary.solver_seconds)} s",
             "compilations of the update": str(summary.compilations),
         }
+        if summary.solver_seconds is None:
+            del rows["of it in the solves"]
         if summary.nonfinite:
             rows["updates skipped, not finite"] = text.count(summary.nonfinite)
         if summary.failures:
@@ -209,6 +233,10 @@ class Run:
         for name, value in rows.items():
             table.add_row(escape(name), escape(value))
         return table
+
+
+def _save_summary(directory: Path, summary: Summary) -> None:
+    (directory / SUMMARY_FILE).write_text(summary.to_json() + "\n", encoding="utf-8")
 
 
 def holds_run(directory: Path) -> bool:

@@ -1,48 +1,101 @@
-"""Search: the level of a ladder that costs least, with few evaluations."""
+"""Search: the cheapest level of a ladder that is good enough, with few runs."""
 
-from collections.abc import Callable
-from typing import TypeVar
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
 
-Cost = TypeVar("Cost", bound=tuple[float, ...])
+DOUBT = 0.25
+"""What misses by less may have missed by chance: training is noisy."""
+
+Excess = Mapping[int, float]
 
 
-def best_level(
-    cost: Callable[[int], Cost], levels: int, evaluations: int
-) -> tuple[int, dict[int, Cost]]:
-    """Minimise over levels: a coarse grid, then the middles beside the best level so far.
+def cheapest_level(
+    look: Callable[[int], float],
+    sizes: Sequence[float],
+    trials: int,
+    *,
+    judge: Callable[[int], float] | None = None,
+    known: Excess | None = None,
+) -> int | None:
+    """The cheapest level that is good enough; a level costs more than all below it.
+
+    It halves what lies between the finest level known to miss and the coarsest known to be
+    good enough, by the ratio of their sizes as far as the trials still suffice to close in:
+    where the finest level is known and finer levels are never worse, n trials find the answer
+    among 2ⁿ levels. Trials that are left look again below the answer, where a level only just
+    missed. Then the answer is judged, and the level below it; if that turns the answer, the
+    search goes on.
 
     **Arguments:**
 
-    - `cost`: of a level; tuples are compared entry by entry.
-    - `levels`: how many there are.
-    - `evaluations`: of `cost` at most, >= 3.
+    - `look`: at a level: by what part it misses, <= 0 where it is good enough; infinite
+        where it failed. Called at most `trials` times.
+    - `sizes`: of the levels, rising, positive.
+    - `trials`: how many levels may be looked at.
+    - `judge`: a closer look at a level looked at before, which is final; by default the
+        look is.
+    - `known`: judged before, at no cost.
 
-    **Returns:** the best level, and all costs by level.
+    **Returns:** the level; `None` if none of those looked at is good enough.
 
-    >>> best_level(lambda level: ((level - 13.0) ** 2,), levels=60, evaluations=12)[0]
+    >>> cheapest_level(lambda level: 13 - level, range(1, 61), 6, known={59: 0.0})
     13
     """
-    last = levels - 1
-    grid = min(levels, max(3, (evaluations + 1) // 2))
-    known: dict[int, Cost] = {}
-    for place in range(grid):
-        level = round(place * last / max(grid - 1, 1))
-        if level not in known:
-            known[level] = cost(level)
-    while len(known) < evaluations:
-        best = min(known, key=known.__getitem__)
-        level = _widest_gap_beside(best, sorted(known))
+    judged = dict(known or {})
+    looked: dict[int, float] = {}
+    while True:
+        excess = looked | judged
+        best = min((level for level, by in excess.items() if by <= 0), default=None)
+        left = trials - len(looked)
+        level = _next(excess, best, sizes, left) if left > 0 else None
+        if level is not None:
+            looked[level] = look(level)
+            continue
+        if best is None:
+            return None
+        unsure = [best, *_just_below(best, excess)]
+        level = next((level for level in unsure if level not in judged), None)
         if level is None:
-            break
-        known[level] = cost(level)
-    return min(known, key=known.__getitem__), known
+            return best
+        judged[level] = looked[level] if judge is None else judge(level)
 
 
-def _widest_gap_beside(best: int, known: list[int]) -> int | None:
-    """The middle of the wider of the two intervals that end at the best level."""
-    place = known.index(best)
-    neighbours = known[max(place - 1, 0) : place] + known[place + 1 : place + 2]
-    neighbours = [level for level in neighbours if abs(level - best) > 1]
-    if not neighbours:
+def _just_below(best: int, excess: Excess) -> list[int]:
+    """The next level below that was looked at, where it missed by little."""
+    below = max((level for level in excess if level < best), default=None)
+    return [] if below is None or excess[below] > DOUBT else [below]
+
+
+def _next(excess: Excess, best: int | None, sizes: Sequence[float], left: int) -> int | None:
+    """The level to look at next; `None` if no other could be the answer."""
+    top = len(sizes) if best is None else best
+    floor = max((level for level in excess if level < top), default=-1)
+    if top - floor > 1:
+        level = _middle(floor, top, sizes)
+        reach = 2 ** (left - 1)
+        if top - floor <= 2 * reach:
+            level = min(max(level, top - reach), floor + reach)
+        return level
+    if best is None:
         return None
-    return (best + max(neighbours, key=lambda level: abs(level - best))) // 2
+    hopeless = max(
+        (level for level in excess if level < best and excess[level] > DOUBT), default=-1
+    )
+    tried = [hopeless, *sorted(level for level in excess if hopeless < level <= best)]
+    gaps = [(low, high) for low, high in itertools.pairwise(tried) if high - low > 1]
+    if not gaps:
+        return None
+    low, high = max(gaps, key=lambda gap: _size(gap[1], sizes) / _size(gap[0], sizes))
+    return _middle(low, high, sizes)
+
+
+def _middle(low: int, high: int, sizes: Sequence[float]) -> int:
+    """The level between two whose size is nearest to their geometric mean."""
+    wanted = math.sqrt(_size(low, sizes) * _size(high, sizes))
+    return min(range(low + 1, high), key=lambda level: abs(math.log(sizes[level] / wanted)))
+
+
+def _size(level: int, sizes: Sequence[float]) -> float:
+    """Of a level, or of what would come before the first or after the last."""
+    return sizes[0] / 2 if level < 0 else sizes[min(level, len(sizes) - 1)]

@@ -10,6 +10,7 @@ from bilevel.outer.update import ERRORS, REPORT
 
 _PLACE = {name: place for place, name in enumerate(REPORT)}
 _COUNTS = tuple(REPORT[REPORT.index("solves") :])
+_WORK = tuple(name for name in _COUNTS if name.endswith(("iterations", "applications")))
 _RESIDUALS = ("primal_residual", "adjoint_residual")
 
 
@@ -55,6 +56,14 @@ class Tally:
         self._waiting.append(report)
         while self._waiting and (len(self._waiting) > self._ahead or _is_ready(self._waiting[0])):
             self._read()
+
+    def spend(self, report: jax.Array) -> None:
+        """Count the work of a gradient that no update was made with."""
+        row = np.asarray(report, dtype=np.float64)
+        row = np.where(np.isfinite(row), row, 0.0)
+        # Residuals are means over solves, of which these are no part.
+        for name in _WORK:
+            self._over_all[_PLACE[name]] += row[_PLACE[name]]
 
     def finish(self) -> None:
         """Wait for the updates under way and read their reports."""

@@ -1,9 +1,14 @@
 """How names and numbers are put before a reader."""
 
 import math
+from collections.abc import Callable
+from typing import TypeAlias
 
 from rich import box
 from rich.table import Table
+
+Form: TypeAlias = Callable[[float | None], str]
+"""How a number is written."""
 
 NOTHING = "–"
 """What a table shows where there is no value."""
@@ -36,12 +41,23 @@ def count(value: float | None) -> str:
 def seconds(value: float | None) -> str:
     """A duration in seconds.
 
-    >>> seconds(0.0123), seconds(75.2)
-    ('0.012', '75.2')
+    >>> seconds(0.0123), seconds(75.2), seconds(0.0004567)
+    ('0.012', '75.2', '0.00046')
     """
     if value is None:
         return NOTHING
+    if 0 < value < 0.01:
+        return f"{value:.2g}"
     return f"{value:.3f}" if value < 10 else f"{value:.1f}"
+
+
+def ratio(value: float | None) -> str:
+    """How many times another number, to three digits.
+
+    >>> ratio(1.0204), ratio(2345.6)
+    ('1.02', '2.35e+03')
+    """
+    return NOTHING if value is None else f"{value:.3g}"
 
 
 def budget(iterations: int | None, rtol: float | None, atol: float | None) -> str:

@@ -19,16 +19,18 @@ from bilevel.outer.checkpoint import is_array
 from bilevel.outer.control import Control, strong
 from bilevel.outer.executable import Executable
 from bilevel.outer.fingerprint import fingerprint
+from bilevel.outer.gradients import GradientComparison, Place, measured_in
 from bilevel.outer.history import History, Record
+from bilevel.outer.limits import limits
 from bilevel.outer.metric import real_number, widened
 from bilevel.outer.progress import Reporter, Silence, batches_in
 from bilevel.outer.run import Run, summarize
 from bilevel.outer.settings import LoopSettings
 from bilevel.outer.tally import Tally
 from bilevel.outer.task import Task
-from bilevel.outer.update import ERRORS, Update, make_update
-from bilevel.refinement.fidelity import Fidelity
-from bilevel.refinement.namespace import on_host
+from bilevel.outer.timing import solver_seconds
+from bilevel.outer.update import ERRORS, Report
+from bilevel.outer.updater import PartedUpdate, WholeUpdate, compares, measures
 
 
 class NonFiniteStreak(Exception):  # noqa: N818
@@ -68,12 +70,20 @@ class Training:
         self._control = Control(
             controller,
             measures_metric=task.validate is not None,
-            measures_error=task.hypergradient is not None,
+            measures_error=task.hypergradient is not None or measures(controller, task),
         )
-        self._update = Executable(self._arrays_only(make_update(task, optimizer)))
+        self._tally = Tally()
+        self._compares, self._measures = compares(controller), measures(controller, task)
+        self._comparison: GradientComparison | None = None
+        self._last: tuple[Place, PyTree]
+        self._update: WholeUpdate | PartedUpdate
+        if self._compares or self._measures:
+            self._update = PartedUpdate(task, optimizer, self._optimizer_static)
+            self._comparison = GradientComparison(controller, self._update, self._tally)
+        else:
+            self._update = WholeUpdate(task, optimizer, self._optimizer_static)
         self._validation = self._compiled_validation() if task.jit_validate else None
 
-        self._tally = Tally()
         self._history = History()
         begun_with = fingerprint(task, optimizer, controller, settings.seed)
         self._archive = Archive(settings.directory, begun_with)
@@ -184,28 +194,30 @@ class Training:
         if batches is None:
             batches = self._task.epoch_batches(number, self._key)
         self._tally.begin()
+        if self._comparison is not None:
+            self._comparison.begin()
         watch = self._watch()
         for batch in batches:
             self._progress.batch(self._batch + 1, count)
-            self._trained, self._optimizer_state, report = self._update(
-                self._trained, self._optimizer_state, batch, fidelity
-            )
+            report = self._step(batch)
             self._batch += 1
             self._tally.add(report)
             self._check_streak()
         self._tally.finish()
         self._check_streak()
+        errors: Any = [self._tally.mean(part) for part in ERRORS]
+        if self._measures:
+            errors = self._measured(number)
         seconds = watch()
 
         validation_seconds = self._validate()
         if self._task.validate is None:
             self._metric = self._tally.mean("loss")
+        if self._compares:
+            fidelity = self._last[0].fidelity
         spent = limits(fidelity)
-        self._control.advance(
-            self._metric,
-            self._tally.mean("gradient_norm"),
-            [self._tally.mean(part) for part in ERRORS],
-        )
+        if errors is not None and not self._compares:
+            self._control.advance(self._metric, self._tally.mean("gradient_norm"), errors)
         self._epoch, self._batch = number, 0
         self._record(
             seconds=seconds,
@@ -214,6 +226,30 @@ class Training:
             **self._tally.numbers(),
         )
         self._object()
+
+    def _step(self, batch: Any) -> Report:
+        """One update."""
+        fidelity = self._control.fidelity
+        if self._comparison is None:
+            self._trained, self._optimizer_state, report = self._update(
+                self._trained, self._optimizer_state, batch, fidelity
+            )
+            return report
+        assert isinstance(self._update, PartedUpdate)
+        found, place = self._comparison.found(self._control, self._trained, batch)
+        self._last = place, found.gradient
+        self._trained, self._optimizer_state, report = self._update.apply(
+            self._trained, self._optimizer_state, batch, place.fidelity, found
+        )
+        return report
+
+    def _measured(self, epoch: int) -> list[float] | None:
+        """The error of the epoch's last gradient, where it is measured in this epoch."""
+        assert self._comparison is not None
+        if not measured_in(epoch, self._batch):
+            return None
+        error = self._comparison.error(self._control.state, *self._last)
+        return [float(part) for part in error]
 
     def _object(self) -> None:
         """Say, once, that the controller has been given what it cannot use."""
@@ -348,14 +384,6 @@ class Training:
         # A key of its own for every epoch: a resumed run draws what it would have drawn.
         return jax.random.fold_in(jax.random.key(self._settings.seed), epoch)
 
-    def _arrays_only(self, update: Update) -> Callable[..., Any]:
-        def outer_update(trained: PyTree, state: PyTree, batch: Any, fidelity: Fidelity) -> Any:
-            whole = eqx.combine(state, self._optimizer_static)
-            trained, whole, report = update(trained, whole, batch, fidelity)
-            return trained, eqx.filter(whole, is_array), report
-
-        return outer_update
-
     def _compiled_validation(self) -> "Executable[[PyTree], Any] | None":
         validate = self._task.validate
         if validate is None:
@@ -373,18 +401,22 @@ class Training:
 
         return Executable(outer_validation)
 
+    def solver_seconds(self, share: float = 0.05) -> float | None:
+        """What the solves' iterations took, timed after the run; see `timing.solver_seconds`.
 
-def limits(fidelity: Fidelity) -> dict[str, float | int | None]:
-    """The numbers of a fidelity as fields of a record."""
-    host: Fidelity = fidelity if on_host(fidelity) else jax.device_get(fidelity)
-    level = None if host.level is None else int(host.level)
-    fields: dict[str, float | int | None] = {"level": level}
-    for prefix, budget in (("budget", host.budget), ("adjoint_budget", host.adjoint_budget)):
-        if budget is not None:
-            fields[f"{prefix}_iterations"] = int(budget.iterations)
-            fields[f"{prefix}_rtol"] = float(budget.rtol)
-            fields[f"{prefix}_atol"] = float(budget.atol)
-    return fields
+        **Arguments:**
+
+        - `share`: of the run's wall time that this may take.
+        """
+        if self._update.count != 1 or jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
+            return None  # several sizes of problem, each with iterations of its own
+        batch = next(self._task.epoch_batches(max(self._epoch, 1), self._key))
+        return solver_seconds(
+            lambda fidelity: self._update(self._trained, self._optimizer_state, batch, fidelity)[2],
+            self._control.fidelity,
+            self._history,
+            limit=share * self._history[-1].elapsed,
+        )
 
 
 def _device(tree: PyTree) -> str:

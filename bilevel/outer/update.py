@@ -31,6 +31,13 @@ Update: TypeAlias = Callable[[PyTree, PyTree, Any, Fidelity], tuple[PyTree, PyTr
 """``update(trained, optimizer_state, batch, fidelity)`` -> the next two, and a report."""
 
 
+Gradient: TypeAlias = Callable[[PyTree, Any, Fidelity], tuple[Array, PyTree, Array]]
+"""``gradient(trained, batch, fidelity)`` -> the loss, its gradient, numbers for the report."""
+
+Application: TypeAlias = Callable[..., tuple[PyTree, PyTree, Report]]
+"""``apply(trained, optimizer_state, batch, fidelity, *gradient(...))`` -> as an update."""
+
+
 def make_update(task: Task, optimizer: optax.GradientTransformation) -> Update:
     """The update of a task's parameters, a pure function for jit.
 
@@ -47,14 +54,43 @@ def make_update(task: Task, optimizer: optax.GradientTransformation) -> Update:
 
     **Returns:** the update.
     """
-    static = eqx.filter(task.parameters, eqx.is_inexact_array, inverse=True)
-    evaluate = _of_loss(task, static) if task.loss is not None else _of_result(task, static)
-    extended = optax.with_extra_args_support(optimizer)
+    gradient, apply = make_parts(task, optimizer)
 
     def update(
         trained: PyTree, optimizer_state: PyTree, batch: Any, fidelity: Fidelity
     ) -> tuple[PyTree, PyTree, Report]:
-        value, gradient, errors, counts = evaluate(trained, batch, fidelity)
+        found = gradient(trained, batch, fidelity)
+        return apply(trained, optimizer_state, batch, fidelity, *found)
+
+    return update
+
+
+def make_parts(task: Task, optimizer: optax.GradientTransformation) -> tuple[Gradient, Application]:
+    """The two halves of an update, for those who compare gradients before they use one.
+
+    **Arguments:** as [`make_update`][].
+
+    **Returns:** what computes a gradient, and what applies it.
+    """
+    static = eqx.filter(task.parameters, eqx.is_inexact_array, inverse=True)
+    evaluate = _of_loss(task, static) if task.loss is not None else _of_result(task, static)
+    extended = optax.with_extra_args_support(optimizer)
+    real = jnp.result_type(float)
+
+    def gradient(trained: PyTree, batch: Any, fidelity: Fidelity) -> tuple[Array, PyTree, Array]:
+        value, found, errors, counts = evaluate(trained, batch, fidelity)
+        numbers = [vector.norm(found), *errors, *counts]
+        return value, found, jnp.stack([jnp.asarray(entry).astype(real) for entry in numbers])
+
+    def apply(
+        trained: PyTree,
+        optimizer_state: PyTree,
+        batch: Any,
+        fidelity: Fidelity,
+        value: Array,
+        gradient: PyTree,
+        numbers: Array,
+    ) -> tuple[PyTree, PyTree, Report]:
         steps, next_state = extended.update(
             # JAX's gradient of a complex parameter is the conjugate of the steepest ascent.
             vector.conjugate(gradient),
@@ -69,15 +105,14 @@ def make_update(task: Task, optimizer: optax.GradientTransformation) -> Update:
             projected = task.projection(eqx.combine(moved, static))
             moved = _like(trained, projected, "projection")
         finite = jnp.isfinite(value) & _all_finite(gradient) & _all_finite(moved)
-        report = [finite, value, vector.norm(gradient), *errors, *counts]
-        real = jnp.result_type(float)
+        head = jnp.stack([finite.astype(real), jnp.asarray(value).astype(real)])
         return (
             _choose(finite, moved, trained),
             _choose(finite, next_state, optimizer_state),
-            jnp.stack([jnp.asarray(entry).astype(real) for entry in report]),
+            jnp.concatenate([head, numbers]),
         )
 
-    return update
+    return gradient, apply
 
 
 Evaluation: TypeAlias = Callable[

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from bilevel.refinement.arguments import checked
 from bilevel.refinement.fidelity import Fidelity
-from bilevel.refinement.ladder import Ladder
+from bilevel.refinement.ladder import Ladder, positions
 from bilevel.refinement.lookup import fidelity_at, require_state
 from bilevel.refinement.measurement import measured, saturating_increment
 from bilevel.refinement.namespace import AnyArray, Namespace, decided
@@ -19,6 +19,14 @@ _LONGEST_STRIDE = 2**24
 Fraction = Annotated[
     float, Field(gt=0.0, lt=1.0, description="It is a fraction of what is allowed, such as 0.5.")
 ]
+
+
+class MeasuredError(NamedTuple):
+    """Truncation error of a hypergradient: its parts, and their sum; absolute, like its norm."""
+
+    primal: Any
+    adjoint: Any
+    total: Any
 
 
 class ErrorControlledState(NamedTuple):
@@ -104,6 +112,7 @@ class ErrorControlled(eqx.Module):
     growth: int = eqx.field(static=True)
 
     requires: ClassVar[frozenset[str]] = frozenset({"gradient_norm", "error"})
+    without_measurement: ClassVar[str] = "goes on with more iterations"
 
     @checked
     def __init__(
@@ -200,6 +209,35 @@ class ErrorControlled(eqx.Module):
         """The primal budget of one level, the adjoint budget of the other."""
         require_state("ErrorControlled", "fidelity", state)
         return fidelity_at(self.ladder, state.level, state.adjoint_level)
+
+    def finer(self, state: ErrorControlledState) -> tuple[Fidelity, Fidelity]:
+        """The same fidelity but for a primal solve that goes twice as far, and for such an adjoint.
+
+        How far the gradient is from those that these give is what the truncation of either
+        solve costs, where no estimate of it is at hand.
+
+        >>> controller = ErrorControlled(Ladder.iterations(start=4, step=2, stop=20))
+        >>> primal, adjoint = controller.finer(controller.init())
+        >>> [int(b.iterations) for f in (primal, adjoint) for b in (f.budget, f.adjoint_budget)]
+        [8, 4, 4, 8]
+        """
+        places = positions(self.ladder)
+        primal, adjoint = _doubled(None, state.level, state.adjoint_level, places)
+        return (
+            fidelity_at(self.ladder, primal, state.adjoint_level),
+            fidelity_at(self.ladder, state.level, adjoint),
+        )
+
+
+@decided
+def _doubled(xp: Namespace, rule: None, level: Any, adjoint: Any, places: Any) -> tuple[Any, Any]:
+    del rule
+    last = len(places) - 1
+    first, second = (
+        xp.minimum(xp.searchsorted(places, 2 * places[place]), last).astype(np.int32)
+        for place in (level, adjoint)
+    )
+    return first, second
 
 
 class _Rule(NamedTuple):

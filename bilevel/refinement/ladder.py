@@ -1,12 +1,14 @@
 """Ladder: fidelities in order, coarse to fine."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
 import equinox as eqx
-from jaxtyping import Int
+import numpy as np
+from jaxtyping import Float, Int
 from pydantic import Field
 
 from bilevel.budget import UNLIMITED, Budget
@@ -16,7 +18,7 @@ from bilevel.refinement.fidelity import Fidelity, as_fidelity
 from bilevel.refinement.lookup import fidelity_at
 from bilevel.refinement.namespace import AnyArray
 from bilevel.refinement.order import require_order, require_rising
-from bilevel.refinement.sequence import Arithmetic, Formula, Table
+from bilevel.refinement.sequence import Arithmetic, Formula, Sequence, Table
 from bilevel.refinement.static import StaticParts
 
 _LONGEST_LIST = 100_000
@@ -363,6 +365,27 @@ class Ladder(eqx.Module):
             )
             raise ValueError(msg)
         return changed
+
+
+def positions(ladder: Ladder) -> Float[np.ndarray, " levels"]:
+    """What a level's error falls geometrically in: its iterations, or its place from 1.
+
+    >>> positions(Ladder.iterations(10, 10, 30)), positions(Ladder.tolerances(0.1, 0.1, 1e-3))
+    (array([10., 20., 30.], dtype=float32), array([1., 2., 3.], dtype=float32))
+    """
+    return _positions(ladder.primal.iterations, len(ladder))
+
+
+@functools.lru_cache(maxsize=64)
+def _positions(iterations: Sequence, count: int) -> Float[np.ndarray, " levels"]:
+    places = np.arange(1, count + 1)
+    if len(iterations) == count:
+        caps = np.array([iterations.value(level) for level in range(count)])
+        if np.all(np.diff(caps) > 0) and caps[-1] < UNLIMITED:
+            places = np.maximum(caps, 1)
+    places = places.astype(np.float32)
+    places.flags.writeable = False
+    return places
 
 
 def _as_ladder(owner: str, name: str, other: object) -> Ladder:

@@ -17,7 +17,6 @@ from bilevel.solver.base import InnerSolver
 from bilevel.solver.symmetry import APPLICATIONS, needs_look, symmetry_flaw
 from bilevel.status import Status
 
-
 _FINE = 1e-10
 """Epsilons below this leave room for any condition number that one solves with."""
 

@@ -116,6 +116,20 @@ def test_settings_take_the_types_of_the_arguments(write: Write, invoke: Invoke):
     assert summary["first_metric"] == 3.0
 
 
+def test_a_size_is_a_setting(write: Write, invoke: Invoke):
+    sized = TASK.replace('kind: Literal["a", "b"]', 'size: Literal["a", "b"]').replace(
+        "{kind}", "{size}"
+    )
+    path = write(sized)
+    for words in (("--size", "b"), ("--set", "size=b"), ("--set", "plain=3", "--size", "b")):
+        code, out, err = invoke("run", path, *words, "--discard", "--json", "--quiet")
+        assert code == 0, err
+        assert json.loads(out)["task"] == "b3False"
+    code, _, err = invoke("run", path, "--size", "c", "--discard")
+    assert code == 2
+    assert "--set size=c: size should be 'a' or 'b'" in err
+
+
 def test_a_run_is_resumed_or_replaced(write: Write, invoke: Invoke, tmp_path: Path):
     words = ("run", write(), "--quiet", "--directory", str(tmp_path / "r"))
     assert invoke(*words)[0] == 0
@@ -144,7 +158,12 @@ def test_compare_prints_tables_and_keeps_everything(write: Write, invoke: Invoke
     assert "whole runs" in out
     assert "until error [m] ≤" in out
     assert (tmp_path / "c" / "comparison.png").read_bytes()[:4] == b"\x89PNG"
+    assert "| full |" in (tmp_path / "c" / "comparison.md").read_text()
     comparison = Comparison.read(tmp_path / "c")
+    # The command as it would be typed here: the test is in tmp_path.
+    assert comparison.origin["command"] == (
+        "bilevel compare problem.py --policies full,fixed=1 --seeds 2 --quiet --directory c"
+    )
     assert [row.runs for row in comparison.rows] == [2, 2]
     code, out, _ = invoke(
         "compare",
@@ -165,6 +184,44 @@ def test_compare_prints_tables_and_keeps_everything(write: Write, invoke: Invoke
     stored = json.loads(out)
     assert stored["target"] == 2.0
     assert [run["seed"] for run in stored["runs"]["fixed=1"]] == [4, 9]
+
+
+def test_the_margin_of_a_comparison(write: Write, invoke: Invoke):
+    path = write()
+    words = ("compare", path, "--policies", "full,fixed=1", "--discard", "--json", "--quiet")
+    for option, margin in (((), 0.02), (("--margin", "0.25"), 0.25)):
+        code, out, _ = invoke(*words, *option)
+        assert code == 0
+        stored = json.loads(out)
+        assert stored["margin"] == margin
+        final = stored["runs"]["full"][0]["final_metric"]
+        assert stored["targets"] == [pytest.approx((1 + margin) * final, rel=1e-6)]
+
+
+def test_a_comparison_in_a_size(write: Write, invoke: Invoke):
+    sized = TASK.replace('kind: Literal["a", "b"]', 'size: Literal["a", "b"]').replace(
+        "{kind}", "{size}"
+    )
+    words = ("compare", write(sized), "--policies", "full", "--discard", "--json", "--quiet")
+    assert json.loads(invoke(*words, "--size", "b")[1])["task"] == "b3False"
+    assert json.loads(invoke(*words)[1])["task"] == "a3False"
+    code, _, err = invoke("compare", write(), "--size", "small", "--discard")
+    assert code == 2
+    assert "task has no argument 'size'" in err
+
+
+def test_a_narrow_screen_cuts_no_number(
+    write: Write, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+):
+    words = ("compare", write(), "--policies", "full,fixed=1", "--seeds", "3", "--discard")
+    # Standard output is no terminal here, so that the width is at least 120.
+    monkeypatch.setattr("bilevel.cli.training._WIDE", 30)
+    monkeypatch.setenv("COLUMNS", "50")
+    code, out, _ = invoke(*words, "--quiet")
+    assert code == 0
+    assert "…" not in out
+    assert max(map(len, out.splitlines())) <= 50
+    assert out.count("policy ") > 2
 
 
 def test_plot_draws_runs_and_comparisons(write: Write, invoke: Invoke, tmp_path: Path):
@@ -258,6 +315,7 @@ TASKS = SEVERAL + "first = t.Task(1.0, loss)\nsecond = t.Task(1.0, loss)\nnumber
         (["run", "problem.py", "--seed", "x"], "'x' is no seed"),
         (["run", "problem.py", "--set", "n"], "'n' is not of the form NAME=VALUE"),
         (["run", "problem.py", "--set", "strat=1"], "no argument 'strat'; did you mean start?"),
+        (["run", "problem.py", "--size", "small"], "task has no argument 'size'"),
         (["run", "problem.py", "--set", "start=x"], "start should be a valid number"),
         (["run", "problem.py", "--set", "kind=c"], "kind should be 'a' or 'b'"),
         (["run", "problem.py", "--set", "shape=3"], "--set shape=3: shape"),
@@ -405,7 +463,7 @@ def test_a_setting_may_be_infinite_where_its_default_is(write: Write, invoke: In
         ("history.jsonl", None, "history.jsonl: No such file"),
         ("theta.npz", b"xx", "theta.npz is no archive of arrays"),
         ("summary.json", b"", "summary.json: Expecting value"),
-        ("summary.json", b"{}", "and 26 more missing"),
+        ("summary.json", b"{}", "and 25 more missing"),
     ],
 )
 def test_a_damaged_run_is_named_in_one_line(

@@ -10,8 +10,9 @@ import pytest
 from jax import lax
 
 from bilevel.budget import Budget
+from bilevel.outer.history import History, Record
 from bilevel.outer.optimize import optimize
-from bilevel.outer.run import Run
+from bilevel.outer.run import COMPLETED, Run, summarize
 from bilevel.outer.task import Task
 from bilevel.refinement.fidelity import Fidelity
 from bilevel.refinement.ladder import Ladder
@@ -77,6 +78,31 @@ def train(make_task: Callable[..., Task]) -> Callable[..., Run]:
         return optimize(make_task(**own), **rest)
 
     return run
+
+
+@pytest.fixture
+def made_run() -> Callable[..., Run]:
+    """A run out of records that are written by hand: nothing is trained."""
+
+    def make(*records: Record, status: str = COMPLETED, **fields: Any) -> Run:
+        history = History(records)
+        seconds = history[-1].elapsed if history else 0.0
+        default: dict[str, Any] = {
+            "task": "made",
+            "policy": "made",
+            "controller": "none",
+            "seed": 0,
+            "message": "",
+            "metric_name": "error",
+            "seconds": seconds,
+            "compile_seconds": history.total("compile_seconds") or 0.0,
+            "compilations": 1,
+            "other_compilations": 0,
+            "device": "none",
+        }
+        return Run(0.0, history, summarize(history, {}, status=status, **(default | fields)))
+
+    return make
 
 
 @pytest.fixture

@@ -407,8 +407,15 @@ def test_the_error_of_real_hypergradients_refines_both_budgets():
 
 
 def test_an_error_controller_refuses_a_task_that_measures_none(train: Train):
+    class Strict:
+        """It needs an error, and does not say how to measure one."""
+
+        requires = frozenset({"error"})
+        own = ErrorControlled(Ladder.iterations(1, 1, 4))
+        init, update, fidelity = own.init, own.update, own.fidelity
+
     with pytest.raises(TypeError, match="hypergradient= "):
-        train(controller=ErrorControlled(Ladder.iterations(1, 1, 4)))
+        train(controller=Strict())
 
 
 def test_a_hypergradient_of_another_structure_is_refused(train: Train):

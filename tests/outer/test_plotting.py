@@ -1,18 +1,22 @@
 """Plotting: pictures are drawn, of whatever there is to draw."""
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 from bilevel.outer.compare import compare
-from bilevel.outer.plotting import MissingPlotsError, _looks, _scale, plot_runs
+from bilevel.outer.history import Record
+from bilevel.outer.plotting import MissingPlotsError, _looks, plot_runs
 from bilevel.outer.policy import SYNTAX
 from bilevel.outer.run import Run
 from bilevel.outer.task import Task
+from bilevel.outer.ticks import scale
 from bilevel.refinement.ladder import Ladder
 
 Train = Callable[..., Run]
@@ -81,20 +85,20 @@ def test_policies_that_go_by_tolerances_have_a_panel_of_their_own(
     runs = compare(make_task(epochs=3), ["full", "hoag=cubic"], seeds=2, progress=False).runs
     figure = figure_of(runs, tmp_path, monkeypatch)
     titles = [axis.get_title("left") for axis in figure.axes]
-    assert titles[2:] == [
+    assert titles == [
+        *["metric"] * 3,
         "budget: iterations allowed in a solve",
         "budget: relative tolerance of a solve",
+        "Σ iterations: primal, adjoint (pale)",
+        "wall time, s: solver, rest (pale), compile (grey)",
     ]
     pink = _looks(list(runs))["hoag=cubic"]["color"]
-    assert [any(line.get_color() == pink for line in axis.lines) for axis in figure.axes] == [
-        True,
-        True,
-        False,
-        True,
-    ]
+    drawn = [any(line.get_color() == pink for line in axis.lines) for axis in figure.axes[:5]]
+    assert drawn == [True, True, True, False, True]
     note = figure.get_supxlabel()
     assert "hoag=cubic goes by its tolerance" in note
-    assert "Thin lines: one seed each, of 2" in note
+    assert "Lines: medians of 2 seeds, in bands from the lowest to the highest." in note
+    assert "95 % confidence interval" in note
 
 
 def test_one_seed_needs_no_note(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -103,6 +107,80 @@ def test_one_seed_needs_no_note(train: Train, tmp_path: Path, monkeypatch: pytes
     legend = figure.legends[0]
     assert [text.get_text() for text in legend.get_texts()] == ["full"]
     assert legend.get_title().get_text() == "two"
+
+
+def test_bars_are_as_long_as_the_table_says(
+    made_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def spent(primal: int, adjoint: int, **summary: Any) -> Run:
+        record = Record(
+            epoch=1, metric=0.5, primal_iterations=primal, adjoint_iterations=adjoint, updates=1
+        )
+        last = dataclasses.replace(record, elapsed=9.0, compile_seconds=4.0)
+        return made_run(last).with_summary(**summary)
+
+    runs = {
+        "full": [spent(100, 20, solver_seconds=2.0), spent(140, 20, solver_seconds=3.0)],
+        "prdp": [spent(10, 2), spent(10, 2)],
+    }
+    figure = figure_of(runs, tmp_path, monkeypatch)
+    work, time = ([bar.get_width() for bar in axis.patches] for axis in figure.axes[-2:])
+    assert work == pytest.approx([120, 20, 10, 2])
+    assert time == pytest.approx([2.5, 2.5, 4, 0, 5, 4])
+    # Half of the interval by Student's t for 120 and 160: 12.7062 * 20.
+    (whisker,) = [whiskers for whiskers in figure.axes[-2].collections if len(whiskers.get_paths())]
+    assert whisker.get_paths()[0].vertices[:, 0] == pytest.approx(
+        [140 - 254.124, 140 + 254.124], abs=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("side", "values"), [("budget_iterations", (4, 40)), ("budget_rtol", (1e-3, 1e-6))]
+)
+def test_an_adjoint_budget_of_its_own_is_dashed_and_explained(
+    made_run: Callable[..., Run],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    side: str,
+    values: tuple[Any, Any],
+):
+    def run(own: Any, other: Any) -> Run:
+        fields = {side: own, f"adjoint_{side}": other}
+        # The first epoch's are the same: it is the path that counts.
+        return made_run(
+            *(
+                Record(epoch=place, metric=1.0, updates=1, **fields | first)
+                for place, first in ((1, {f"adjoint_{side}": own}), (2, {}))
+            )
+        )
+
+    apart, alike = run(*values), run(values[1], values[1])
+    explained = "dashed the adjoint's"
+    panel = 2
+    figure = figure_of({"full": [apart]}, tmp_path, monkeypatch)
+    assert explained in figure.get_supxlabel()
+    assert [line.get_linestyle() for line in figure.axes[panel].lines[::2]] == ["-", "--"]
+    figure = figure_of({"full": [alike]}, tmp_path, monkeypatch)
+    assert explained not in figure.get_supxlabel()
+    assert [line.get_linestyle() for line in figure.axes[panel].lines[::2]] == ["-"]
+
+
+def test_a_target_is_marked_and_a_failure_named(
+    made_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    record = Record(epoch=1, metric=0.5, updates=1, elapsed=1.0)
+    runs = {"full": [made_run(record)], "prdp": [made_run(record, status="nonfinite")]}
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    plot_runs(runs, tmp_path / "a.png", target=0.125)
+    marks = [line.get_ydata() for line in figures[0].axes[0].lines]
+    assert any(list(mark) == [0.125, 0.125] for mark in marks)
+    low, high = figures[0].axes[0].get_ylim()
+    assert low < 0.125
+    assert high > 0.5
+    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert labels == ["full", "prdp (nonfinite)"]
+    assert "timed to, 0.125" in figures[0].get_supxlabel()
 
 
 @pytest.mark.slow
@@ -127,7 +205,7 @@ def test_ticks_are_few_and_all_of_them_have_a_label(high: float):
     figure = Figure()
     axis = figure.subplots()
     axis.plot([0, 1], [1.0, high])
-    _scale(axis.set_yscale, axis.yaxis, [np.array([1.0, high])])
+    scale(axis.set_yscale, axis.yaxis, [np.array([1.0, high])])
     figure.draw_without_rendering()
     low, top = axis.get_ylim()
     shown = [tick for tick in axis.get_yticks() if low <= tick <= top]
