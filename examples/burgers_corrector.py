@@ -16,8 +16,8 @@ solved to a residual of 1e-6, the mean over the validation states: it knows no b
 
 The paper (Bhatia, Koehler and Thuerey, ICLR 2025) says how the step is made, that a residual of
 1e-5 takes 24 iterations, and nothing more.  Here it is Jacobi's iteration from zero, as for the
-paper's heat emulators; M(u) is diagonally dominant, and dt is such that this takes about 24
-iterations at the start, and fewer when the waves have lost height.  All states of a batch are
+paper's heat emulators; M(u) is diagonally dominant, and dt is such that this takes about as
+many iterations (21 to 24).  All states of a batch are
 solved as one system: an iteration is one of all of them.  `full` stops at 1e-5.
 
 What is differentiated is all of the step: M and the right-hand side both depend on the state

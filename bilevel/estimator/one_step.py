@@ -10,6 +10,7 @@ from jaxtyping import Array, PyTree
 from bilevel import vector
 from bilevel.closed import stopped
 from bilevel.estimator.base import Estimator, Record, Setting, no_adjoint
+from bilevel.once_only import once_only
 from bilevel.perturbation import with_derivative_of
 from bilevel.solution import Solution
 from bilevel.solver.base import IncompatibleError, InnerSolver
@@ -31,8 +32,9 @@ class OneStep(Estimator):
     Newton's.  Krylov methods, line searches, Anderson's acceleration and optax make of the
     residual how far they go, and at the solution that is noise: they are refused with
     `IncompatibleError`.  The gradient is NaN where the budget allows no step and the start is
-    no solution.  First derivatives only: a second one takes the iterate as constant, too, and is
-    far from that of the solution even after Newton's method; use [`Implicit`][] there.
+    no solution.  First derivatives only: a second one would take the iterate as constant, too,
+    and be far from that of the solution even after Newton's method, so it raises `TypeError`; use
+    [`Implicit`][] there.
 
     >>> import jax, bilevel as bl
     >>> problem = bl.RootFinding(lambda x, theta: x * x - theta)
@@ -58,13 +60,19 @@ class OneStep(Estimator):
         closed = eqx.filter_closure_convert(primal, setting.theta, setting.x0)
         solution = stopped(stopped(closed)(stopped(setting.theta), stopped(setting.x0)))
         start = _reporting(solution, record)
-        bound = solver.prepare(problem.at(setting.theta), start)
+        bound = solver.prepare(problem.at(once_only(setting.theta, _ONCE)), start)
         iteration, state, residual = begin(bound, solver, start)
         moved = solver.value(iteration.update(state, residual))
         failed = (solution.status >= Status.DIVERGED) | _idle(solution)
         trust = jnp.where(failed, jnp.nan, 1.0)
         value = with_derivative_of(solution.value, moved, trust)
         return eqx.tree_at(lambda s: s.value, solution, value)
+
+
+_ONCE = (
+    "OneStep has no second derivative: the derivative of its derivative would take the iterate as "
+    "constant, and be far from that of the solution. Use Implicit."
+)
 
 
 def _require_same_map(solver: InnerSolver) -> None:
