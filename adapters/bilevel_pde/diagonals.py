@@ -130,14 +130,15 @@ def _product(operator: Diagonals, v: Array) -> Array:
 def _symmetric_product(operator: Diagonals, v: Array) -> Array:
     length = operator.extent[0]
     parts = operator.parts()
+    reach = min(max(operator.offsets), length // 2)
+    # Where nothing lies outside, plain slices do, which XLA reads at the speed of memory; one
+    # that may has to be asked about at every entry.
+    pieces = (range(reach, length - reach), range(reach), range(length - reach, length))
 
     def halved(v: Array) -> Array:
         total = _nothing(operator, length, v)
-        for offset, diagonal in parts:
-            if offset >= 0:
-                total = total + times(diagonal, _shift(v, offset, length))
-            if offset > 0:
-                total = total + _shift(times(diagonal, v), -offset, length)
+        for rows in pieces:
+            total = total.at[rows.start : rows.stop].set(_rows(parts, v, rows))
         return total
 
     def product(v: Array) -> Array:
@@ -145,6 +146,27 @@ def _symmetric_product(operator: Diagonals, v: Array) -> Array:
         return _product(operator, v)
 
     return explicit_product(operator.stored, v, length, product, halved, halved)
+
+
+def _rows(parts: list[tuple[int, Array]], v: Array, rows: range) -> Array:
+    """Some rows of the product with a symmetric matrix, from its diagonals on one side."""
+    total = jnp.zeros((len(rows), *v.shape[1:]), jnp.result_type(parts[0][1], v))
+    for offset, diagonal in parts:
+        if offset >= 0:
+            total = total + times(_cut(diagonal, rows, 0), _cut(v, rows, offset))
+        if offset > 0:
+            total = total + times(_cut(diagonal, rows, -offset), _cut(v, rows, -offset))
+    return total
+
+
+def _cut(v: Array, rows: range, offset: int) -> Array:
+    """V at these rows moved by an offset, zero where it has nothing."""
+    start, stop = rows.start + offset, rows.stop + offset
+    within = slice(max(start, 0), max(min(stop, v.shape[0]), 0))
+    missing = (max(min(-start, len(rows)), 0), max(min(stop - v.shape[0], len(rows)), 0))
+    if not any(missing):
+        return v[within]
+    return jnp.pad(v[within], [missing] + [(0, 0)] * (v.ndim - 1))
 
 
 @jax.jit

@@ -207,7 +207,7 @@ def test_bad_input():
     with pytest.raises(TypeError, match="should be a mapping from sides"):
         pde.laplacian(grid).boundary_term(1.0)
     stepper = pde.Heat(grid, 1.0, 0.1)
-    with pytest.raises(TypeError, match=r"got int64\. Use u\.astype\(float64\)\.$"):
+    with pytest.raises(TypeError, match=r"got int64\. Use \.astype\(float64\)\.$"):
         stepper.step(jnp.ones((4, 5), int))
     with pytest.raises(ValueError, match="forcing should be finite"):
         stepper.step(jnp.ones((4, 5)), theta={"forcing": np.inf})

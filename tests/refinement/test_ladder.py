@@ -268,7 +268,7 @@ def test_representation_names_what_changes():
         (lambda: Ladder.iterations(9, 1, 3), ValueError, "start 9 finer than stop 3"),
         (lambda: Ladder.iterations(9, 1, 2**40), ValueError, "stop should be less than or equal"),
         (lambda: Ladder.iterations(begin=1), TypeError, "no argument begin; there is start, step"),
-        (lambda: Ladder.iterations(1, 2, 3, 4), TypeError, "no argument"),
+        (lambda: Ladder.iterations(1, 2, 3, 4), TypeError, "too many arguments, got 4 besides"),
         (lambda: Ladder.geometric(factor=1.0), ValueError, "factor should be greater than 1"),
         (lambda: Ladder.geometric(factor=float("inf")), ValueError, "should be a finite number"),
         (lambda: Ladder.geometric(1, 1 + 1e-9, 10**8), ValueError, "Use a larger step"),

@@ -387,8 +387,8 @@ ROOT_FINDING = bl.RootFinding(lambda x, theta: x**3 - theta[1])
 REFUSED = [
     (bl.HeavyBall(0.1, 0.5), ROOT_FINDING, "HeavyBall cannot solve this RootFinding.*Newton"),
     (bl.Nesterov(0.1), ROOT_FINDING, "it needs an objective"),
-    (bl.ArmijoGradientDescent(), SYSTEM, "LinearSystem.*ConjugateGradient or GMRES"),
-    (bl.Optax(optax.sgd(0.1)), bl.FixedPoint(lambda x, _: x / 2), "Anderson for a fixed point"),
+    (bl.ArmijoGradientDescent(), SYSTEM, "LinearSystem.*Direct, GMRES or BiCGStab"),
+    (bl.Optax(optax.sgd(0.1)), bl.FixedPoint(lambda x, _: x / 2), "Anderson, FixedPointIter"),
     (bl.Chebyshev(), NONSYMMETRIC, "must be symmetric.*GMRES"),
     (bl.SteepestDescent(), NONSYMMETRIC, "must be symmetric.*GMRES"),
     (bl.SteepestDescent(), ROOT_FINDING, "it needs a linear system"),
