@@ -149,9 +149,11 @@ class _Panel:
         heights: list[np.ndarray] = []
         spans: list[np.ndarray] = []
         for name, group in self.runs.items():
-            look = looks[name]
+            look = dict(looks[name])
             sides: list[tuple[Series, dict[str, Any]]] = [(self.y, look)]
             if self.adjoint is not None:
+                # A budget holds for a whole epoch.
+                look |= {"drawstyle": "steps-pre"}
                 sides = [(self.y, look | {"linestyle": "-"})]
                 if _apart(group, self.y, self.adjoint):
                     sides.append((self.adjoint, look | {"linestyle": (0, (3, 1.5))}))
@@ -167,6 +169,8 @@ class _Panel:
             axis.axhline(self.mark, color="#555555", lw=1, linestyle=(0, (1, 2)), zorder=2.5)
             heights.append(np.array([self.mark]))
         scale(axis.set_yscale, axis.yaxis, heights, whole=self.y is _allowed)
+        if self.y is _allowed and axis.get_yscale() == "linear":
+            axis.set_ylim(bottom=0)
         if self.x is _work:
             scale(axis.set_xscale, axis.xaxis, spans, least=2.0)
         axis.set_xlabel(self.x_name)
@@ -257,6 +261,7 @@ def _draw_lines(axis: Any, lines: Lines, look: Mapping[str, Any]) -> None:
     x, y = np.median(xs, axis=0), np.median(ys, axis=0)
     if len(lines) > 1:
         band = {"color": look["color"], "alpha": 0.16, "lw": 0}
+        band |= {"step": "pre"} if "drawstyle" in look else {}
         axis.fill_between(x, ys.min(axis=0), ys.max(axis=0), zorder=2, **band)
     axis.plot(x, y, **look)
     axis.plot(x[-1:], y[-1:], "o", color=look["color"], ms=4, zorder=look["zorder"])
