@@ -307,6 +307,12 @@ class Comparison:
             notes.append(
                 "Solver: Σ iterations times what one takes, timed after the run; without set-up."
             )
+        if self.target is None and FULL in self.runs and self.mean_target is None:
+            notes.append(
+                f"Nothing is timed to a target: {FULL} came to no finite {self.metric_name}. Give "
+                "one (target=, --target)."
+            )
+        notes += self._estimate_notes()
         notes += self._search_notes()
         if any(row.primal_iterations is None for row in rows):
             notes.append(
@@ -315,6 +321,18 @@ class Comparison:
         if self.interrupted:
             notes.append("Interrupted: what is missing was not run.")
         return notes
+
+    def _estimate_notes(self) -> list[str]:
+        """What error estimates took, which is in no sum of iterations."""
+        means: dict[str, float] = {}
+        for policy, runs in self.runs.items():
+            spent = Spread.of([run.summary.error_applications for run in runs])
+            if spent is not None and spent.mean > 0:
+                means[policy] = spent.mean
+        if not means:
+            return []
+        each = "; ".join(f"{policy}: {text.count(mean)}" for policy, mean in means.items())
+        return [f"Besides Σ, applications for estimates of the gradient's error: {each}."]
 
     def _search_notes(self) -> list[str]:
         searches = [policy for policy, runs in self.runs.items() if _is_search(policy) and runs]

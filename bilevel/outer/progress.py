@@ -222,7 +222,8 @@ def _numbers(record: Record, metric_name: str, work: int | None) -> str:
     if work is not None:
         parts.append(f"Σ {work:,} iterations")
     if record.nonfinite:
-        parts.append(f"{record.nonfinite} updates skipped (not finite)")
+        updates = "update" if record.nonfinite == 1 else "updates"
+        parts.append(f"{record.nonfinite} {updates} skipped (not finite)")
     if record.failures:
         parts.append(f"{record.failures} solves failed")
     return "  ".join(parts)

@@ -96,6 +96,7 @@ class Training:
         self._compiled_at_record = 0.0
         self._stop_reason: str | None = None
         self._objected = False
+        self._epochs_skipping = 0
 
     @property
     def stop_reason(self) -> str | None:
@@ -294,12 +295,21 @@ class Training:
             self._work = record.work + (self._work or 0)
         self._progress.epoch(record, self._work)
         if record.nonfinite:
-            failed = f"; inner solves failed: {record.failures}" if record.failures else ""
-            self._progress.note(
-                f"epoch {record.epoch}: {record.nonfinite} of {record.nonfinite + record.updates} "
-                f"updates skipped, for the loss, its gradient or the next theta was not finite"
-                f"{failed}"
-            )
+            self._say_skipped(record)
+
+    def _say_skipped(self, record: Record) -> None:
+        """Say that updates were skipped: the first times, and then ever more rarely."""
+        self._epochs_skipping += 1
+        so_far = self._epochs_skipping
+        if so_far & (so_far - 1):
+            return
+        failed = f"; inner solves failed: {record.failures}" if record.failures else ""
+        again = f" ({so_far} epochs so far)" if so_far > 2 else ""
+        self._progress.note(
+            f"epoch {record.epoch}: {record.nonfinite} of {record.nonfinite + record.updates} "
+            f"updates skipped, for the loss, its gradient or the next theta was not finite"
+            f"{failed}{again}"
+        )
 
     def _check_streak(self) -> None:
         limit = self._settings.max_nonfinite

@@ -199,3 +199,21 @@ def test_a_wide_screen_keeps_a_sheet_in_one_piece():
 def test_a_bar_in_a_cell_ends_no_cell_in_markdown():
     lines: Any = Sheet("t", [Column("‖x‖ | y", ["a|b"])]).markdown().splitlines()
     assert [line.count("|") for line in lines] == [2, 2, 2]
+
+
+def test_without_a_target_it_says_why_and_what_to_do(made_run: MadeRun):
+    failed = made_run(*records(2.0, float("nan")), status="nonfinite")
+    made = comparison(full=[failed], prdp=[made_run(*records(2.0, 1.0))])
+    assert any(
+        "full came to no finite error. Give one (target=, --target)" in note for note in made.notes
+    )
+    fine = comparison(full=[made_run(*records(2.0, 1.0))])
+    assert not any("--target" in note for note in fine.notes)
+
+
+def test_what_error_estimates_took_is_told(made_run: MadeRun):
+    spent = Record(epoch=1, metric=1.0, updates=1, primal_iterations=5, error_applications=1240)
+    estimating = [Record(epoch=0, metric=9.0), spent]
+    made = comparison(full=[made_run(*records(2.0, 1.0))], error=[made_run(*estimating)])
+    told = [note for note in made.notes if "estimates" in note]
+    assert told == ["Besides Σ, applications for estimates of the gradient's error: error: 1,240."]
