@@ -68,6 +68,7 @@ def test_a_full_solve_takes_what_the_paper_says(burgers):
     assert 19 <= last <= 29
 
 
+@pytest.mark.slow
 def test_auto_trains_under_one_compilation(burgers):
     task = burgers.task(points=16, channels=4, blocks=1, samples=50, epochs=4, seed=1)
     run = bl.optimize(task, controller=bl.AutomaticRefinement(task.ladder), progress=False, seed=1)

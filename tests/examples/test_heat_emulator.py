@@ -8,6 +8,7 @@ import pytest
 import bilevel as bl
 import bilevel_pde as pde
 from tests.examples.loading import example
+from tests.marks import others_slow
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_its_data_are_two_exact_steps_apart(heat):
     assert np.allclose((amplitudes * shrunk) @ sines, later, atol=1e-5)
 
 
-@pytest.mark.parametrize("dimensions", [1, 2, 3])
+@pytest.mark.parametrize("dimensions", others_slow([1, 2, 3], 2))
 def test_a_step_of_k_iterations_is_jacobi_from_zero(heat, dimensions):
     """v ← (u + κΔt N v) / d, written out: N are the neighbours over h², d the diagonal."""
     grid = pde.Grid((5,) * dimensions)
@@ -68,7 +69,7 @@ def test_settings_are_the_published_ones(heat):
     assert sum(sizes) == 30 * 64 + 64 + 2 * (64 * 64 + 64) + 64 * 30 + 30
 
 
-@pytest.mark.parametrize("policy", ["prdp", "auto", "error"])
+@pytest.mark.parametrize("policy", others_slow(["prdp", "auto", "error"], "auto"))
 def test_it_trains_under_one_compilation(heat, policy):
     from bilevel.outer.assignment import controller_for
     from bilevel.outer.policy import parse_policy

@@ -130,6 +130,7 @@ def test_the_report_shows_both_solves(evaluated):
     assert 0 < float(report.adjoint_residual) / SOLVES <= 1e-13
 
 
+@pytest.mark.slow
 def test_an_iteration_is_a_restart_cycle_of_eight(evaluated):
     kept = evaluated("kept")
     _, _, report = kept(kept.network, bl.Fidelity(bl.Budget(3), bl.Budget(2)))

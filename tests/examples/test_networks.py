@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.marks import others_slow
+
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "networks.py"
 
 
@@ -44,7 +46,7 @@ def test_the_published_perceptrons_have_their_sizes(networks):
     assert count((30, 30), 3000) == 23_409_900
 
 
-@pytest.mark.parametrize("dimensions", [1, 2, 3])
+@pytest.mark.parametrize("dimensions", others_slow([1, 2, 3], 1))
 @pytest.mark.parametrize("periodic", [True, False])
 def test_only_periodic_padding_commutes_with_shifts(networks, dimensions, periodic):
     network = networks.ResidualConvolution(
@@ -60,8 +62,9 @@ def test_only_periodic_padding_commutes_with_shifts(networks, dimensions, period
     assert (difference < 1e-12) if periodic else (difference > 1e-3)
 
 
-@pytest.mark.parametrize(("dimensions", "kernel"), [(1, 3), (2, 3), (2, 5), (3, 3)])
-def test_a_residual_network_is_what_equinox_s_convolutions_make_of_it(networks, dimensions, kernel):
+@pytest.mark.parametrize("case", others_slow([(1, 3), (2, 3), (2, 5), (3, 3)], (2, 3)))
+def test_a_residual_network_is_what_equinox_s_convolutions_make_of_it(networks, case):
+    dimensions, kernel = case
     network = networks.ResidualConvolution(
         jax.random.key(0), dimensions, 1, 2, channels=3, blocks=2, kernel=kernel, periodic=False
     )

@@ -174,6 +174,7 @@ class FirstOneThenTheOther:
         return jax.tree.map(chosen, *self.fidelities)
 
 
+@pytest.mark.slow
 def test_a_training_run_shows_the_adjoint_and_the_full_solve_solves_it(step):
     def loss(theta: Any, batch: None, fidelity: bl.Fidelity) -> Any:
         del batch
