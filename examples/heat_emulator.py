@@ -64,7 +64,7 @@ SETTINGS = {
     (3, "paper"): Setting(points=30, width=32, blocks=3, epochs=100, full=29),
     (1, "small"): Setting(points=30, width=64, blocks=3, epochs=100, full=25),
     (2, "small"): Setting(points=20, width=256, blocks=3, epochs=70, full=43),
-    (3, "small"): Setting(points=18, width=8, blocks=1, epochs=100, full=29),
+    (3, "small"): Setting(points=14, width=8, blocks=1, epochs=100, full=29),
 }
 
 REFINEMENT: dict[int, dict[str, Any]] = {
