@@ -127,8 +127,8 @@ class AutomaticRefinement(eqx.Module):
     - `noise`: error that is allowed besides, as a part of the gradient's noise, in (0, 1).
     - `share`: part of the work that may go into comparisons, in (0, 1).
 
-    The defaults were found on two tasks and hold on all others that were tried; see
-    docs/automatic.md.
+    The defaults were found on two tasks; docs/automatic.md tells what else was tried, and
+    docs/results.md how they do on others.
 
     **Raises:** `ValueError` for an argument out of range.
 
