@@ -17,6 +17,9 @@ import bilevel_pde as pde
 from bilevel.testing import taylor_test
 from tests.core.compiling import jitted
 
+# Its compilations take half a minute, whatever the grid.
+pytestmark = pytest.mark.slow
+
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "navier_stokes_corrector.py"
 SAMPLES, STEPS = 2, 2
 SOLVES = SAMPLES * STEPS
@@ -130,7 +133,6 @@ def test_the_report_shows_both_solves(evaluated):
     assert 0 < float(report.adjoint_residual) / SOLVES <= 1e-13
 
 
-@pytest.mark.slow
 def test_an_iteration_is_a_restart_cycle_of_eight(evaluated):
     kept = evaluated("kept")
     _, _, report = kept(kept.network, bl.Fidelity(bl.Budget(3), bl.Budget(2)))
@@ -191,7 +193,6 @@ def tiny(example):
     return example.Size(8, 4, 1, 8, 2, 4, 3)
 
 
-@pytest.mark.slow
 def test_the_same_seed_makes_the_same_run(example, tiny):
     runs = []
     for seed in (1, 1, 2):
@@ -205,7 +206,6 @@ def test_the_same_seed_makes_the_same_run(example, tiny):
     assert runs[0].history[-1].adjoint_residual <= 1.0
 
 
-@pytest.mark.slow
 def test_a_reference_step_is_the_converged_one(example):
     flow = example.stepper(8)
     u = jax.random.normal(jax.random.key(0), (2, 8, 8))
@@ -213,7 +213,6 @@ def test_a_reference_step_is_the_converged_one(example):
     np.testing.assert_allclose(example.referred(flow, u), exact, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_two_grids_compile_once_each(example, tiny):
     task = example.build(tiny, grids=True)
     run = bl.optimize(

@@ -19,6 +19,9 @@ import bilevel as bl
 import bilevel_pde as pde
 from tests.core.compiling import jitted
 
+# Its compilations take half a minute, whatever the grid.
+pytestmark = pytest.mark.slow
+
 CELLS, BATCH, RESTART, CYCLES, TOLERANCE = 12, 25, 8, 120, 1e-5
 
 
@@ -174,7 +177,6 @@ class FirstOneThenTheOther:
         return jax.tree.map(chosen, *self.fidelities)
 
 
-@pytest.mark.slow
 def test_a_training_run_shows_the_adjoint_and_the_full_solve_solves_it(step):
     def loss(theta: Any, batch: None, fidelity: bl.Fidelity) -> Any:
         del batch
