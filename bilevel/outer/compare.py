@@ -14,6 +14,7 @@ from bilevel.outer import text
 from bilevel.outer.assignment import controller_for, default_policy
 from bilevel.outer.callbacks import AnyCallback
 from bilevel.outer.comparison import COMPARISON_FILE, FULL, Candidate, Comparison
+from bilevel.outer.limits import limits
 from bilevel.outer.machine import machine
 from bilevel.outer.optimize import NonFiniteError, optimize
 from bilevel.outer.policy import Policy, parse_policies, parse_policy
@@ -23,7 +24,6 @@ from bilevel.outer.search import cheapest_level
 from bilevel.outer.settings import ComparisonSettings, validated
 from bilevel.outer.spread import Spread
 from bilevel.outer.task import Task
-from bilevel.outer.training import limits
 from bilevel.outer.versions import versions
 from bilevel.refinement.fidelity import Fidelity
 from bilevel.refinement.fixed import FixedFidelity

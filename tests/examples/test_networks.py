@@ -1,27 +1,19 @@
 """The networks that the examples share."""
 
-import importlib.util
-from pathlib import Path
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.examples.loading import example
 from tests.marks import others_slow
-
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "networks.py"
 
 
 @pytest.fixture(scope="module")
 def networks():
-    specification = importlib.util.spec_from_file_location("networks", EXAMPLE)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    with example("networks") as module:
+        yield module
 
 
 def size(network) -> int:
