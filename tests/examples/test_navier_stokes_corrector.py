@@ -1,8 +1,5 @@
 """The published Navier–Stokes experiment, on grids of a few cells."""
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,11 +13,11 @@ import bilevel as bl
 import bilevel_pde as pde
 from bilevel.testing import taylor_test
 from tests.core.compiling import jitted
+from tests.examples import loading
 
 # Its compilations take half a minute, whatever the grid.
 pytestmark = pytest.mark.slow
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "navier_stokes_corrector.py"
 SAMPLES, STEPS = 2, 2
 SOLVES = SAMPLES * STEPS
 CONVERGED = bl.Fidelity(bl.Budget(200, rtol=1e-13), bl.Budget(200, rtol=1e-13))
@@ -28,17 +25,8 @@ CONVERGED = bl.Fidelity(bl.Budget(200, rtol=1e-13), bl.Budget(200, rtol=1e-13))
 
 @pytest.fixture(scope="module")
 def example():
-    """The module, which imports a file beside it."""
-    sys.path.insert(0, str(EXAMPLE.parent))
-    try:
-        specification = importlib.util.spec_from_file_location(EXAMPLE.stem, EXAMPLE)
-        assert specification is not None
-        assert specification.loader is not None
-        module = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(module)
+    with loading.example("navier_stokes_corrector") as module:
         yield module
-    finally:
-        sys.path.remove(str(EXAMPLE.parent))
 
 
 class Evaluated:
