@@ -32,6 +32,8 @@ from .outer.optimize import optimize as optimize
 from .outer.plotting import plot_runs as plot_runs
 from .outer.run import Run as Run
 from .outer.task import Task as Task
+from .outer.warm_starts import WarmStart as WarmStart
+from .outer.warm_starts import WarmStarts as WarmStarts
 from .probe import AdjointProbe as AdjointProbe
 from .probe import Probe as Probe
 from .problem import FixedPoint as FixedPoint

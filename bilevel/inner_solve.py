@@ -65,9 +65,9 @@ def solve(
     - `adjoint_budget`: of the solves of the derivative, relative to their own right-hand
         side. By default the same tolerance as for `budget`; never taken from `budget`.
     - `adjoint_guess`: where the adjoint solve starts, like `x0`; zero by default.
-    - `fidelity`: `budget`, `adjoint_budget` and `probe` in one.
+    - `fidelity`: `budget`, `adjoint_budget` and, for an outer loop, a `Probe` in one.
     - `probe`: `Probe.zeros()` or `AdjointProbe.zeros(x0)`; its cotangent is what the solves
-        did.
+        did. An `AdjointProbe` goes with a fidelity that holds a `Probe`, too.
     - `history`: how many residual norms to keep, static.
 
     **Returns:** a [`Solution`][]; its `value` is like `x0` and carries the derivative.
@@ -83,7 +83,7 @@ def solve(
     >>> [float(g) for g in jax.grad(loss)(jnp.array([1.0, 2.0]))]
     [-1.0, -0.25]
     """
-    setting, estimator, probe = arrange(
+    setting, estimator, record = arrange(
         problem,
         theta,
         x0,
@@ -105,7 +105,7 @@ def solve(
         setting.budget,
         setting.adjoint_budget,
         setting.adjoint_guess,
-        probe,
+        record,
         setting.history,
     )
 
@@ -120,15 +120,11 @@ def _solve(
     budget: Budget,
     adjoint_budget: Budget | None,
     adjoint_guess: PyTree | None,
-    probe: AnyProbe | None,
+    record: Record,
     history: int,
 ) -> Solution:
     setting = complete(
         Setting(problem, theta, x0, solver, budget, adjoint_budget, adjoint_guess, history)
-    )
-    record = Record(
-        counts=probe if isinstance(probe, Probe) else None,
-        detail=probe if isinstance(probe, AdjointProbe) else None,
     )
     return estimator.solve(setting, record)
 
@@ -146,8 +142,9 @@ def arrange(
     fidelity: Fidelity | None,
     probe: AnyProbe | None,
     history: int,
-) -> tuple[Any, Estimator, AnyProbe | None]:
+) -> tuple[Any, Estimator, Record]:
     """Check what the user gave, before anything is traced, and bring it into one form."""
+    counts = probe if isinstance(probe, Probe) else None
     if fidelity is not None:
         if not isinstance(fidelity, Fidelity):
             hint = " Write budget=..." if isinstance(fidelity, Budget) else ""
@@ -158,7 +155,8 @@ def arrange(
             for name, value in (
                 ("budget", budget),
                 ("adjoint_budget", adjoint_budget),
-                ("probe", probe),
+                # One of each kind reports side by side.
+                ("probe", counts if fidelity.probe is not None else None),
             )
             if value is not None
         ]
@@ -166,7 +164,7 @@ def arrange(
             msg = f"fidelity already holds {given[0]}: give one of the two, not both."
             raise TypeError(msg)
         budget, adjoint_budget = fidelity.budget, fidelity.adjoint_budget
-        probe = fidelity.probe
+        counts = fidelity.probe if counts is None else counts
     for name, value, kind in (
         ("solver", solver, InnerSolver),
         ("estimator", estimator, Estimator),
@@ -200,7 +198,8 @@ def arrange(
         history=history,
     )
     examine(solver, getattr(setting.problem, "operator", None))
-    return setting, estimator, probe
+    detail = probe if isinstance(probe, AdjointProbe) else None
+    return setting, estimator, Record(counts, detail)
 
 
 def _default_estimator(problem: InnerProblem, solver: InnerSolver | None) -> Estimator:

@@ -117,12 +117,16 @@ class Emulation:
         self.train = start[VALIDATION:], later[VALIDATION:]
         self.validation = start[:VALIDATION], later[:VALIDATION]
 
-    def step(self, fields: Array, fidelity: bl.Fidelity) -> Array:
-        """P_K: the fields one step later, as far as the fidelity goes."""
+    def step(
+        self, fields: Array, fidelity: bl.Fidelity, start: bl.WarmStart | None = None
+    ) -> Array:
+        """P_K: the fields one step later, as far as the fidelity goes, from zero or a start."""
         return bl.solve(
             bl.LinearSystem(Batched(self.matrix, len(fields)), lambda source: source),
             fields,
-            jnp.zeros_like(fields),
+            jnp.zeros_like(fields) if start is None else start.value,
+            adjoint_guess=None if start is None else start.adjoint,
+            probe=None if start is None else start.probe,
             solver=self.solver,
             estimator=self.estimator,
             fidelity=fidelity,
@@ -137,6 +141,7 @@ def task(
     width: int | None = None,
     samples: int = 200,
     epochs: int | None = None,
+    warm: bool = False,  # noqa: FBT001, FBT002
 ) -> bl.Task:
     """The emulator.
 
@@ -148,6 +153,8 @@ def task(
         width: of the network, in place of that of the size.
         samples: initial states trained on.
         epochs: passes over them, in place of those of the size.
+        warm: whether the solves of a state, and their adjoints, start from those of the epoch
+            before, in place of zero.
 
     """
     if (dimensions, size) not in SETTINGS:
@@ -161,9 +168,17 @@ def task(
     grid = pde.Grid((setting.points,) * dimensions)
     emulation = Emulation(grid, samples + VALIDATION, data_key)
 
-    def loss(network: Any, batch: tuple[Array, Array], fidelity: bl.Fidelity) -> Array:
-        start, later = batch
-        return jnp.mean((emulation.step(jax.vmap(network)(start), fidelity) - later) ** 2)
+    starts, targets = emulation.train
+
+    def loss(network: Any, batch: Array, fidelity: bl.Fidelity) -> Array:
+        found = emulation.step(jax.vmap(network)(starts[batch]), fidelity)
+        return jnp.mean((found - targets[batch]) ** 2)
+
+    def warm_loss(
+        network: Any, batch: Array, fidelity: bl.Fidelity, memory: bl.WarmStarts
+    ) -> tuple[Array, bl.WarmStarts]:
+        found = emulation.step(jax.vmap(network)(starts[batch]), fidelity, memory.at(batch))
+        return jnp.mean((found - targets[batch]) ** 2), memory.stored(batch, found)
 
     def validate(network: Any) -> Array:
         start, later = emulation.validation
@@ -171,18 +186,18 @@ def task(
         axes = tuple(range(1, start.ndim))
         return jnp.mean(jnp.sum((twice - later) ** 2, axes) / jnp.sum(later**2, axes))
 
-    def batches(epoch: int, key: PRNGKeyArray) -> Iterator[tuple[Array, Array]]:
+    def batches(epoch: int, key: PRNGKeyArray) -> Iterator[Array]:
         del epoch
         order = jax.random.permutation(key, samples)
         for first in range(0, samples - samples % BATCH or samples, BATCH):
-            chosen = order[first : first + BATCH]
-            yield emulation.train[0][chosen], emulation.train[1][chosen]
+            yield order[first : first + BATCH]
 
     return bl.Task(
         _network(network_key, grid, setting),
-        loss,
+        warm_loss if warm else loss,
         batches,
         validate,
+        memory=bl.WarmStarts.zeros(samples, starts[0]) if warm else None,
         name=f"heat emulator {dimensions}d",
         metric_name="2-step nMSE",
         optimizer=optax.adam(optax.exponential_decay(1e-3, 100, 0.94)),

@@ -41,6 +41,7 @@ def fingerprint(task: Task, optimizer: Any, controller: Any, seed: int) -> dict[
         "task.metric_name": task.metric_name,
         "theta": _layout(task.parameters),
         "task.batches": _batches(task.batches),
+        "task.memory": _ABSENT if task.memory is None else _layout(task.first_memory),
     }
     for name in ("loss", "hypergradient", "validate", "projection"):
         function = getattr(task, name)

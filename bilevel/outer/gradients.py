@@ -9,7 +9,8 @@ from jaxtyping import PyTree
 from bilevel.outer.control import Control
 from bilevel.outer.limits import limits
 from bilevel.outer.tally import Tally
-from bilevel.outer.updater import Found, PartedUpdate, compares
+from bilevel.outer.update import Gradient, State
+from bilevel.outer.updater import PartedUpdate, compares, norm_of, report_of
 from bilevel.refinement.automatic import Differences
 from bilevel.refinement.error_controlled import MeasuredError
 from bilevel.refinement.fidelity import Fidelity
@@ -22,9 +23,9 @@ _PART = 15
 
 
 class Place(NamedTuple):
-    """Where a gradient was computed: at which parameters, on which batch, how well."""
+    """Where a gradient was computed: in which state, on which batch, how well."""
 
-    trained: PyTree
+    state: State
     batch: Any
     fidelity: Fidelity
 
@@ -50,23 +51,23 @@ class GradientComparison:
         """Begin an epoch: what was before it is not looked at, so that a run can be resumed."""
         self._previous = None
 
-    def found(self, control: Control, trained: PyTree, batch: Any) -> tuple[Found, Place]:
+    def found(self, control: Control, state: State, batch: Any) -> tuple[Gradient, Place]:
         """The gradient to make a step with, and where it was computed.
 
         A controller that compares is told of it. One that does not accept it gets another, at
         the fidelity that it then asks for.
         """
-        place = Place(trained, batch, control.fidelity)
+        place = Place(state, batch, control.fidelity)
         found = self._update.found(*place)
         for _ in range(_MOST_REPEATS if self._compares else 0):
             differences = None
-            if np.isfinite(found.norm):
+            if np.isfinite(norm_of(found)):
                 differences = self.differences(control.state, place, found.gradient)
-            control.take(found.norm, differences)
+            control.take(norm_of(found), differences)
             if bool(getattr(control.state, "accepted", True)):
                 break
-            self._tally.spend(found.report)
-            place = Place(trained, batch, control.fidelity)
+            self._tally.spend(report_of(found))
+            place = Place(state, batch, control.fidelity)
             found = self._update.found(*place)
         self._previous = found.gradient
         return found, place
@@ -102,8 +103,8 @@ class GradientComparison:
         same = level.static == place.fidelity.static and limits(level) == limits(place.fidelity)
         if same:
             return gradient
-        found = self._update.found(place.trained, place.batch, level)
-        self._tally.spend(found.report)
+        found = self._update.found(place.state, place.batch, level)
+        self._tally.spend(report_of(found))
         return found.gradient
 
     def _distance(self, first: PyTree, second: PyTree) -> Any:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
 from bilevel.budget import Budget
 from bilevel.outer.policy import parse_policy
@@ -20,8 +20,8 @@ from bilevel.refinement.ladder import Ladder
 from bilevel.refinement.progressive import ProgressiveRefinement
 from bilevel.signature import brief, check_callable
 
-Loss: TypeAlias = Callable[[PyTree, Any, Fidelity], Array]
-"""``loss(theta, batch, fidelity) -> scalar``."""
+Loss: TypeAlias = Callable[..., Any]
+"""``loss(theta, batch, fidelity) -> scalar``, or with a memory after them and beside it."""
 
 Batches: TypeAlias = Sequence[Any] | Callable[[int, PRNGKeyArray], Iterable[Any]]
 """A sequence of batches, or ``batches(epoch, key) -> iterable of batches``."""
@@ -80,6 +80,11 @@ class Task:
         returning what `bl.hypergradient` returns; then controllers learn its estimated
         truncation error.
 
+    - `memory`: pytree of arrays that the loss keeps from update to update, such as
+        `bl.WarmStarts`.  It is the loss's fourth argument, and comes back beside the
+        scalar: ``loss(theta, batch, fidelity, memory) -> (scalar, memory)``; likewise for
+        `hypergradient`.  An update that is not made leaves it as it was.
+
     What a task recommends, for those who call it without saying so:
 
     - `name`: for tables, files and pictures.
@@ -117,7 +122,8 @@ class Task:
     batches: Batches | None = None
     validate: Callable[[PyTree], Any] | None = None
     _: dataclasses.KW_ONLY
-    hypergradient: Callable[[PyTree, Any, Fidelity], Hypergradient] | None = None
+    hypergradient: Callable[..., Any] | None = None
+    memory: PyTree = None
     name: str = "task"
     metric_name: str = "metric"
     optimizer: optax.GradientTransformation | None = None
@@ -135,6 +141,7 @@ class Task:
         self._check_functions()
         self._check_batches()
         self._check_recommendations()
+        self._check_memory()
         if not jax.tree.leaves(self.trainable):
             msg = (
                 f"Task: theta0 holds nothing to train, got {brief(self.theta0)}. Give it at least "
@@ -166,6 +173,11 @@ class Task:
         if self.full is None and self.ladder is not None:
             return self.ladder.finest
         return self.full
+
+    @property
+    def first_memory(self) -> PyTree:
+        """`memory` with its numbers and NumPy arrays as JAX arrays; `None` if there is none."""
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), self.memory)
 
     def epoch_batches(self, epoch: int, key: Callable[[int], PRNGKeyArray]) -> Iterator[Any]:
         """The batches of one epoch.
@@ -201,8 +213,20 @@ class Task:
             raise ValueError(msg)
         for name, arguments in _FUNCTIONS.items():
             value = getattr(self, name)
-            if value is not None:
-                check_callable("Task", name, value, arguments)
+            if value is None:
+                continue
+            if name in ("loss", "hypergradient") and self.memory is not None:
+                arguments = (*arguments, "memory")  # noqa: PLW2901
+            check_callable("Task", name, value, arguments)
+
+    def _check_memory(self) -> None:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.memory):
+            if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
+                msg = (
+                    f"Task: memory should hold arrays and numbers only, got {brief(leaf)} at "
+                    f"memory{jax.tree_util.keystr(path)}. What never changes belongs in the loss."
+                )
+                raise TypeError(msg)
 
     def _check_batches(self) -> None:
         batches: Any = self.batches

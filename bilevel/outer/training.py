@@ -29,7 +29,7 @@ from bilevel.outer.settings import LoopSettings
 from bilevel.outer.tally import Tally
 from bilevel.outer.task import Task
 from bilevel.outer.timing import solver_seconds
-from bilevel.outer.update import ERRORS, Report
+from bilevel.outer.update import ERRORS, Report, State
 from bilevel.outer.updater import PartedUpdate, WholeUpdate, compares, measures
 
 
@@ -63,9 +63,9 @@ class Training:
         trained, self._static = eqx.partition(task.parameters, eqx.is_inexact_array)
         # Strongly typed from the start: what comes out of the update is, and a weakly typed
         # beginning would compile twice.
-        self._trained: PyTree = jax.tree.map(strong, trained)
-        state, self._optimizer_static = eqx.partition(optimizer.init(self._trained), is_array)
-        self._optimizer_state: PyTree = jax.tree.map(strong, state)
+        trained = jax.tree.map(strong, trained)
+        state, self._optimizer_static = eqx.partition(optimizer.init(trained), is_array)
+        self._state = State(trained, jax.tree.map(strong, state), task.first_memory)
 
         self._control = Control(
             controller,
@@ -153,7 +153,7 @@ class Training:
             metric_name=self._task.metric_name,
             seconds=self._elapsed,
             compile_seconds=self._compiled_before + self._compile_seconds,
-            device=_device(self._trained),
+            device=_device(self._state.trained),
             compilations=self._update.count,
             other_compilations=self._control.compilations
             + (0 if self._validation is None else self._validation.count),
@@ -176,7 +176,7 @@ class Training:
             return
         metric: Any = np.float64(math.nan)
         if self._validation is not None:
-            metric = self._validation.prepare(self._trained)
+            metric = self._validation.prepare(self._state.trained)
         elif self._task.validate is not None:
             return  # its dtype is not known before it is called
         if getattr(metric, "shape", None) != ():
@@ -186,7 +186,7 @@ class Training:
             self._batches = self._task.epoch_batches(self._epoch + 1, self._key)
             first = next(self._batches)
             self._batches = itertools.chain([first], self._batches)
-            self._update.prepare(self._trained, self._optimizer_state, first, fidelity)
+            self._update.prepare(self._state, first, fidelity)
 
     def _train_epoch(self) -> None:
         number, fidelity = self._epoch + 1, self._control.fidelity
@@ -232,16 +232,12 @@ class Training:
         """One update."""
         fidelity = self._control.fidelity
         if self._comparison is None:
-            self._trained, self._optimizer_state, report = self._update(
-                self._trained, self._optimizer_state, batch, fidelity
-            )
+            self._state, report = self._update(self._state, batch, fidelity)
             return report
         assert isinstance(self._update, PartedUpdate)
-        found, place = self._comparison.found(self._control, self._trained, batch)
+        found, place = self._comparison.found(self._control, self._state, batch)
         self._last = place, found.gradient
-        self._trained, self._optimizer_state, report = self._update.apply(
-            self._trained, self._optimizer_state, batch, place.fidelity, found
-        )
+        self._state, report = self._update.apply(self._state, batch, place.fidelity, found)
         return report
 
     def _measured(self, epoch: int) -> list[float] | None:
@@ -273,7 +269,9 @@ class Training:
             return 0.0
         watch = self._watch()
         value = (
-            validate(self._theta) if self._validation is None else self._validation(self._trained)
+            validate(self._theta)
+            if self._validation is None
+            else self._validation(self._state.trained)
         )
         self._metric = real_number(value)
         return watch()
@@ -290,7 +288,7 @@ class Training:
         )
         self._compiled_at_record = compiled
         self._history.append(record)
-        self._archive.add(record, self._state())
+        self._archive.add(record, self._kept())
         if record.work is not None:
             self._work = record.work + (self._work or 0)
         self._progress.epoch(record, self._work)
@@ -349,11 +347,10 @@ class Training:
             call(callback, event)
         self._stop_reason = event.stop_reason
 
-    def _state(self) -> PyTree:
+    def _kept(self) -> PyTree:
         """All that training after this epoch depends on."""
         return {
-            "trained": self._trained,
-            "optimizer": self._optimizer_state,
+            **self._state._asdict(),
             "controller": self._control.state,
             "epoch": np.asarray(self._epoch),
         }
@@ -364,17 +361,17 @@ class Training:
         **Raises:** `ResumeError`.
         """
         self._control.state = self._control.blank
-        state, self._history = self._archive.restore(self._state())
-        self._trained, self._optimizer_state = state["trained"], state["optimizer"]
-        self._control.restore(state["controller"])
-        self._epoch = int(state["epoch"])
+        kept, self._history = self._archive.restore(self._kept())
+        self._state = State(*(kept[name] for name in State._fields))
+        self._control.restore(kept["controller"])
+        self._epoch = int(kept["epoch"])
         self._work = self._history.work
         self._elapsed_before = self._history[-1].elapsed
         self._compiled_before = float(self._history.total("compile_seconds") or 0.0)
 
     @property
     def _theta(self) -> PyTree:
-        return eqx.combine(self._trained, self._static)
+        return eqx.combine(self._state.trained, self._static)
 
     @property
     def _elapsed(self) -> float:
@@ -422,7 +419,7 @@ class Training:
             return None  # several sizes of problem, each with iterations of its own
         batch = next(self._task.epoch_batches(max(self._epoch, 1), self._key))
         return solver_seconds(
-            lambda fidelity: self._update(self._trained, self._optimizer_state, batch, fidelity)[2],
+            lambda fidelity: self._update(self._state, batch, fidelity)[1],
             self._control.fidelity,
             self._history,
             limit=share * self._history[-1].elapsed,

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -12,8 +12,10 @@ from jaxtyping import Array, Float, PyTree
 
 from bilevel import vector
 from bilevel.outer.task import Task
+from bilevel.outer.warm_starts import collected, probed, with_probes
 from bilevel.probe import Probe
 from bilevel.refinement.fidelity import Fidelity
+from bilevel.signature import brief
 from bilevel.status import Status
 
 Report: TypeAlias = Float[Array, " report"]
@@ -27,15 +29,43 @@ ERRORS = ("primal_error", "adjoint_error", "error")
 REPORT = ("finite", "loss", "gradient_norm", *ERRORS, *_COUNTS, "error_applications")
 """The numbers in a report: whether the update was made, and what it saw."""
 
-Update: TypeAlias = Callable[[PyTree, PyTree, Any, Fidelity], tuple[PyTree, PyTree, Report]]
-"""``update(trained, optimizer_state, batch, fidelity)`` -> the next two, and a report."""
+
+class State(NamedTuple):
+    """What an update changes.
+
+    - `trained`: the trained part of the parameters.
+    - `optimizer`: its state.
+    - `memory`: of the task.
+    """
+
+    trained: PyTree
+    optimizer: PyTree
+    memory: PyTree = None
 
 
-Gradient: TypeAlias = Callable[[PyTree, Any, Fidelity], tuple[Array, PyTree, Array]]
-"""``gradient(trained, batch, fidelity)`` -> the loss, its gradient, numbers for the report."""
+class Gradient(NamedTuple):
+    """A gradient and what came with it.
 
-Application: TypeAlias = Callable[..., tuple[PyTree, PyTree, Report]]
-"""``apply(trained, optimizer_state, batch, fidelity, *gradient(...))`` -> as an update."""
+    - `value`: the loss.
+    - `gradient`: like the parameters.
+    - `numbers`: of the report, from the gradient's norm on.
+    - `memory`: after the solves.
+    """
+
+    value: Array
+    gradient: PyTree
+    numbers: Array
+    memory: PyTree
+
+
+Update: TypeAlias = Callable[[State, Any, Fidelity], tuple[State, Report]]
+"""``update(state, batch, fidelity)`` -> the next state, and a report."""
+
+Differentiation: TypeAlias = Callable[[PyTree, PyTree, Any, Fidelity], Gradient]
+"""``differentiate(trained, memory, batch, fidelity)`` -> a gradient."""
+
+Application: TypeAlias = Callable[[State, Any, Fidelity, Gradient], tuple[State, Report]]
+"""``apply(state, batch, fidelity, gradient)`` -> as an update."""
 
 
 def make_update(task: Task, optimizer: optax.GradientTransformation) -> Update:
@@ -54,18 +84,18 @@ def make_update(task: Task, optimizer: optax.GradientTransformation) -> Update:
 
     **Returns:** the update.
     """
-    gradient, apply = make_parts(task, optimizer)
+    differentiate, apply = make_parts(task, optimizer)
 
-    def update(
-        trained: PyTree, optimizer_state: PyTree, batch: Any, fidelity: Fidelity
-    ) -> tuple[PyTree, PyTree, Report]:
-        found = gradient(trained, batch, fidelity)
-        return apply(trained, optimizer_state, batch, fidelity, *found)
+    def update(state: State, batch: Any, fidelity: Fidelity) -> tuple[State, Report]:
+        gradient = differentiate(state.trained, state.memory, batch, fidelity)
+        return apply(state, batch, fidelity, gradient)
 
     return update
 
 
-def make_parts(task: Task, optimizer: optax.GradientTransformation) -> tuple[Gradient, Application]:
+def make_parts(
+    task: Task, optimizer: optax.GradientTransformation
+) -> tuple[Differentiation, Application]:
     """The two halves of an update, for those who compare gradients before they use one.
 
     **Arguments:** as [`make_update`][].
@@ -77,65 +107,63 @@ def make_parts(task: Task, optimizer: optax.GradientTransformation) -> tuple[Gra
     extended = optax.with_extra_args_support(optimizer)
     real = jnp.result_type(float)
 
-    def gradient(trained: PyTree, batch: Any, fidelity: Fidelity) -> tuple[Array, PyTree, Array]:
-        value, found, errors, counts = evaluate(trained, batch, fidelity)
+    def differentiate(trained: PyTree, memory: PyTree, batch: Any, fidelity: Fidelity) -> Gradient:
+        value, found, errors, counts, memory = evaluate(trained, memory, batch, fidelity)
         numbers = [vector.norm(found), *errors, *counts]
-        return value, found, jnp.stack([jnp.asarray(entry).astype(real) for entry in numbers])
+        numbers = jnp.stack([jnp.asarray(entry).astype(real) for entry in numbers])
+        return Gradient(value, found, numbers, memory)
 
     def apply(
-        trained: PyTree,
-        optimizer_state: PyTree,
-        batch: Any,
-        fidelity: Fidelity,
-        value: Array,
-        gradient: PyTree,
-        numbers: Array,
-    ) -> tuple[PyTree, PyTree, Report]:
-        steps, next_state = extended.update(
+        state: State, batch: Any, fidelity: Fidelity, found: Gradient
+    ) -> tuple[State, Report]:
+        value, gradient = found.value, found.gradient
+        steps, optimizer_state = extended.update(
             # JAX's gradient of a complex parameter is the conjugate of the steepest ascent.
             vector.conjugate(gradient),
-            optimizer_state,
-            trained,
+            state.optimizer,
+            state.trained,
             value=value,
             grad=gradient,
-            value_fn=lambda other: evaluate(other, batch, fidelity)[0],
+            value_fn=lambda other: evaluate(other, state.memory, batch, fidelity)[0],
         )
-        moved: PyTree = optax.apply_updates(trained, steps)
+        moved: PyTree = optax.apply_updates(state.trained, steps)
         if task.projection is not None:
             projected = task.projection(eqx.combine(moved, static))
-            moved = _like(trained, projected, "projection")
+            moved = _like(state.trained, projected, "projection")
         finite = jnp.isfinite(value) & _all_finite(gradient) & _all_finite(moved)
         head = jnp.stack([finite.astype(real), jnp.asarray(value).astype(real)])
-        return (
-            _choose(finite, moved, trained),
-            _choose(finite, next_state, optimizer_state),
-            jnp.concatenate([head, numbers]),
-        )
+        after = State(moved, optimizer_state, found.memory)
+        kept = [_choose(finite, new, old) for new, old in zip(after, state, strict=True)]
+        return State(*kept), jnp.concatenate([head, found.numbers])
 
-    return gradient, apply
+    return differentiate, apply
 
 
-Evaluation: TypeAlias = Callable[
-    [PyTree, Any, Fidelity], tuple[Array, PyTree, list[Any], list[Any]]
-]
+Evaluated: TypeAlias = tuple[Array, PyTree, list[Any], list[Any], PyTree]
+Evaluation: TypeAlias = Callable[[PyTree, PyTree, Any, Fidelity], Evaluated]
+"""``evaluate(trained, memory, batch, fidelity)`` -> value, gradient, errors, counts, memory."""
 
 
 def _of_loss(task: Task, static: PyTree) -> Evaluation:
     loss = task.loss
     assert loss is not None
 
-    def evaluate(
-        trained: PyTree, batch: Any, fidelity: Fidelity
-    ) -> tuple[Array, PyTree, list[Any], list[Any]]:
-        def objective(trained: PyTree, probe: Probe) -> Array:
-            value = loss(eqx.combine(trained, static), batch, fidelity.with_probe(probe))
-            return _real_scalar("loss", value)
+    def evaluate(trained: PyTree, memory: PyTree, batch: Any, fidelity: Fidelity) -> Evaluated:
+        def objective(trained: PyTree, probe: Probe, slots: list[PyTree]) -> tuple[Array, PyTree]:
+            theta, reporting = eqx.combine(trained, static), fidelity.with_probe(probe)
+            if task.memory is None:
+                return _real_scalar("loss", loss(theta, batch, reporting)), None
+            given = with_probes(memory, slots)
+            value, kept = _with_memory("loss", memory, loss(theta, batch, reporting, given))
+            return _real_scalar("loss", value), kept
 
-        value, (gradient, probe) = jax.value_and_grad(objective, argnums=(0, 1))(
-            trained, Probe.zeros()
+        differentiated = jax.value_and_grad(objective, argnums=(0, 1, 2), has_aux=True)
+        (value, kept), (gradient, probe, adjoints) = differentiated(
+            trained, Probe.zeros(), probed(memory)
         )
         unknown = [jnp.nan for _ in ERRORS]
-        return value, gradient, unknown, [*(getattr(probe, name) for name in _COUNTS), 0]
+        counts = [*(getattr(probe, name) for name in _COUNTS), 0]
+        return value, gradient, unknown, counts, collected(kept, adjoints)
 
     return evaluate
 
@@ -144,10 +172,13 @@ def _of_result(task: Task, static: PyTree) -> Evaluation:
     hypergradient = task.hypergradient
     assert hypergradient is not None
 
-    def evaluate(
-        trained: PyTree, batch: Any, fidelity: Fidelity
-    ) -> tuple[Array, PyTree, list[Any], list[Any]]:
-        result = hypergradient(eqx.combine(trained, static), batch, fidelity)
+    def evaluate(trained: PyTree, memory: PyTree, batch: Any, fidelity: Fidelity) -> Evaluated:
+        theta, kept = eqx.combine(trained, static), None
+        if task.memory is None:
+            result = hypergradient(theta, batch, fidelity)
+        else:
+            found = hypergradient(theta, batch, fidelity, memory)
+            result, kept = _with_memory("hypergradient", memory, found)
         missing = [
             name
             for name in ("value", "gradient", "error", "primal", "adjoint")
@@ -162,9 +193,31 @@ def _of_result(task: Task, static: PyTree) -> Evaluation:
         gradient = _like(trained, result.gradient, "hypergradient's gradient")
         value = _real_scalar("hypergradient's value", result.value)
         counts = [*_counts(result), _error_applications(result)]
-        return value, gradient, _errors(result.error), counts
+        return value, gradient, _errors(result.error), counts, kept
 
     return evaluate
+
+
+def _with_memory(name: str, before: PyTree, returned: Any) -> tuple[Any, PyTree]:
+    """What a function of a task with a memory returned: its result, and the next memory."""
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        msg = (
+            f"Task: with a memory, {name} should return two things, its result and the next "
+            f"memory, got {brief(returned)}."
+        )
+        raise TypeError(msg)
+    result, memory = returned
+    layouts = [
+        jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", tree)
+        for tree in (before, memory)
+    ]
+    if jax.tree.structure(before) != jax.tree.structure(memory) or layouts[0] != layouts[1]:
+        msg = (
+            f"Task: the memory that {name} returns should be like the one it was given, "
+            f"{layouts[0]}, got {layouts[1]}."
+        )
+        raise TypeError(msg)
+    return result, memory
 
 
 def _errors(error: Any) -> list[Any]:

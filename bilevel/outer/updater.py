@@ -1,6 +1,6 @@
 """Updater: the compiled update of a run, whole or in two parts."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -13,12 +13,12 @@ from bilevel import vector
 from bilevel.outer.checkpoint import is_array
 from bilevel.outer.executable import Executable
 from bilevel.outer.task import Task
-from bilevel.outer.update import Report, make_parts, make_update
+from bilevel.outer.update import Gradient, Report, State, make_parts, make_update
 from bilevel.refinement.fidelity import Fidelity
 
 
 class WholeUpdate:
-    """One program from parameters to parameters: what most runs need.
+    """One program from a state to the next: what most runs need.
 
     - `count`, `seconds`: compilations so far, and the wall time waited for them.
 
@@ -32,10 +32,9 @@ class WholeUpdate:
     ):
         update = make_update(task, optimizer)
 
-        def outer_update(trained: PyTree, state: PyTree, batch: Any, fidelity: Fidelity) -> Any:
-            whole = eqx.combine(state, optimizer_static)
-            trained, whole, report = update(trained, whole, batch, fidelity)
-            return trained, eqx.filter(whole, is_array), report
+        def outer_update(state: State, batch: Any, fidelity: Fidelity) -> tuple[State, Report]:
+            state, report = update(_whole(state, optimizer_static), batch, fidelity)
+            return _arrays(state), report
 
         self._update = Executable(outer_update)
 
@@ -49,40 +48,13 @@ class WholeUpdate:
         """Wall time that they took."""
         return self._update.seconds
 
-    def __call__(
-        self, trained: PyTree, state: PyTree, batch: Any, fidelity: Fidelity
-    ) -> tuple[PyTree, PyTree, Report]:
-        """The next parameters and optimizer state, and a report."""
-        return self._update(trained, state, batch, fidelity)
+    def __call__(self, state: State, batch: Any, fidelity: Fidelity) -> tuple[State, Report]:
+        """The next state, and a report."""
+        return self._update(state, batch, fidelity)
 
-    def prepare(self, trained: PyTree, state: PyTree, batch: Any, fidelity: Fidelity) -> None:
+    def prepare(self, state: State, batch: Any, fidelity: Fidelity) -> None:
         """Compile beside whatever comes next."""
-        self._update.prepare(trained, state, batch, fidelity)
-
-
-class Found(NamedTuple):
-    """A gradient that was computed.
-
-    - `value`: the loss.
-    - `gradient`: like the parameters.
-    - `numbers`: of the report, from the gradient's norm on.
-    """
-
-    value: Array
-    gradient: PyTree
-    numbers: Array
-
-    @property
-    def report(self) -> Report:
-        """What was done for it, as the report of an update that was made."""
-        head = jnp.stack([jnp.ones((), self.numbers.dtype), self.value.astype(self.numbers.dtype)])
-        return jnp.concatenate([head, self.numbers])
-
-    @property
-    def norm(self) -> np.floating[Any]:
-        """Of the gradient; NaN where it or the loss is not finite."""
-        norm = np.asarray(self.numbers)[0]
-        return norm if np.isfinite(np.asarray(self.value)) else norm * np.nan
+        self._update.prepare(state, batch, fidelity)
 
 
 class PartedUpdate:
@@ -96,15 +68,14 @@ class PartedUpdate:
     def __init__(
         self, task: Task, optimizer: optax.GradientTransformation, optimizer_static: PyTree
     ):
-        gradient, apply = make_parts(task, optimizer)
+        differentiate, apply = make_parts(task, optimizer)
 
-        def outer_gradient(trained: PyTree, batch: Any, fidelity: Fidelity) -> Any:
-            return gradient(trained, batch, fidelity)
+        def outer_gradient(trained: PyTree, memory: PyTree, batch: Any, fidelity: Fidelity) -> Any:
+            return differentiate(trained, memory, batch, fidelity)
 
-        def outer_application(trained: PyTree, state: PyTree, *rest: Any) -> Any:
-            whole = eqx.combine(state, optimizer_static)
-            trained, whole, report = apply(trained, whole, *rest)
-            return trained, eqx.filter(whole, is_array), report
+        def outer_application(state: State, batch: Any, fidelity: Fidelity, found: Gradient) -> Any:
+            state, report = apply(_whole(state, optimizer_static), batch, fidelity, found)
+            return _arrays(state), report
 
         self._gradient = Executable(outer_gradient)
         self._apply = Executable(outer_application)
@@ -120,27 +91,25 @@ class PartedUpdate:
         """Wall time that all compilations took."""
         return self._gradient.seconds + self._apply.seconds + self._distance.seconds
 
-    def __call__(
-        self, trained: PyTree, state: PyTree, batch: Any, fidelity: Fidelity
-    ) -> tuple[PyTree, PyTree, Report]:
-        """The next parameters and optimizer state, and a report."""
-        return self.apply(trained, state, batch, fidelity, self.found(trained, batch, fidelity))
+    def __call__(self, state: State, batch: Any, fidelity: Fidelity) -> tuple[State, Report]:
+        """The next state, and a report."""
+        return self.apply(state, batch, fidelity, self.found(state, batch, fidelity))
 
-    def found(self, trained: PyTree, batch: Any, fidelity: Fidelity) -> "Found":
+    def found(self, state: State, batch: Any, fidelity: Fidelity) -> Gradient:
         """A gradient, and what the solves did for it."""
-        return Found(*self._gradient(trained, batch, fidelity))
+        return self._gradient(state.trained, state.memory, batch, fidelity)
 
     def apply(
-        self, trained: PyTree, state: PyTree, batch: Any, fidelity: Fidelity, found: "Found"
-    ) -> tuple[PyTree, PyTree, Report]:
-        """The next parameters and optimizer state by a gradient, and a report."""
-        return self._apply(trained, state, batch, fidelity, *found)
+        self, state: State, batch: Any, fidelity: Fidelity, found: Gradient
+    ) -> tuple[State, Report]:
+        """The next state by a gradient, and a report."""
+        return self._apply(state, batch, fidelity, found)
 
-    def prepare(self, trained: PyTree, state: PyTree, batch: Any, fidelity: Fidelity) -> None:
+    def prepare(self, state: State, batch: Any, fidelity: Fidelity) -> None:
         """Compile beside whatever comes next."""
-        found = self._gradient.prepare(trained, batch, fidelity)
-        self._apply.prepare(trained, state, batch, fidelity, *found)
-        self._distance.prepare(found[1], found[1])
+        found = self._gradient.prepare(state.trained, state.memory, batch, fidelity)
+        self._apply.prepare(state, batch, fidelity, found)
+        self._distance.prepare(found.gradient, found.gradient)
 
     def distance(self, first: PyTree, second: PyTree) -> Array:
         """Euclidean norm of the difference of two gradients."""
@@ -148,6 +117,27 @@ class PartedUpdate:
 
 
 Updater = WholeUpdate | PartedUpdate
+
+
+def report_of(found: Gradient) -> Report:
+    """What was done for a gradient, as the report of an update that was made."""
+    dtype = found.numbers.dtype
+    head = jnp.stack([jnp.ones((), dtype), found.value.astype(dtype)])
+    return jnp.concatenate([head, found.numbers])
+
+
+def norm_of(found: Gradient) -> np.floating[Any]:
+    """Of a gradient; NaN where it or the loss is not finite."""
+    norm = np.asarray(found.numbers)[0]
+    return norm if np.isfinite(np.asarray(found.value)) else norm * np.nan
+
+
+def _whole(state: State, optimizer_static: PyTree) -> State:
+    return state._replace(optimizer=eqx.combine(state.optimizer, optimizer_static))
+
+
+def _arrays(state: State) -> State:
+    return state._replace(optimizer=eqx.filter(state.optimizer, is_array))
 
 
 def _distance(first: PyTree, second: PyTree) -> Array:
