@@ -12,6 +12,8 @@ from .boundary import Neumann as Neumann
 from .boundary import Periodic as Periodic
 from .boundary import Robin as Robin
 from .burgers import Burgers as Burgers
+from .coarsening import Transfer as Transfer
+from .coarsening import coarse_grid as coarse_grid
 from .convection_operator import convection as convection
 from .diagonals import Diagonals as Diagonals
 from .diffusion import Diffusion as Diffusion

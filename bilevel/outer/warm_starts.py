@@ -17,6 +17,10 @@ class WarmStart(NamedTuple):
     - `value`: the primal's `x0`, leading axis the samples.
     - `adjoint`: the adjoint's `adjoint_guess`, like `value`.
     - `slot`: zeros, like `value`; what its cotangent is becomes the next adjoint.
+
+    >>> start = WarmStarts.zeros(5, jnp.zeros(3)).at(jnp.array([0, 4]))
+    >>> start.value.shape, start.adjoint.shape
+    ((2, 3), (2, 3))
     """
 
     value: PyTree

@@ -122,7 +122,9 @@ class AutomaticRefinement(eqx.Module):
 
     **Arguments:**
 
-    - `ladder`: the fidelities, coarse to fine.
+    - `ladder`: the fidelities, coarse to fine. Where their static parts differ, such as a
+        grid, it uses the finest level of each: what two levels on one grid differ by says
+        nothing of the grid's own error.
     - `signal`: error that is allowed, as a part of the mean gradient's norm, in (0, 1).
     - `noise`: error that is allowed besides, as a part of the gradient's noise, in (0, 1).
     - `share`: part of the work that may go into comparisons, in (0, 1).
@@ -159,6 +161,8 @@ class AutomaticRefinement(eqx.Module):
         noise: Part = 0.3,
         share: Part = 0.05,
     ):
+        if not ladder.has_one_shape:
+            ladder = Ladder.of(ladder.fidelity(level) for level in ladder.static.last_of_each)
         self.ladder = ladder
         self.signal = signal
         self.noise = noise

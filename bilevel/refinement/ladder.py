@@ -373,13 +373,14 @@ def positions(ladder: Ladder) -> Float[np.ndarray, " levels"]:
     >>> positions(Ladder.iterations(10, 10, 30)), positions(Ladder.tolerances(0.1, 0.1, 1e-3))
     (array([10., 20., 30.], dtype=float32), array([1., 2., 3.], dtype=float32))
     """
-    return _positions(ladder.primal.iterations, len(ladder))
+    count = len(ladder)
+    return _positions(ladder.primal.iterations if ladder.has_one_shape else None, count)
 
 
 @functools.lru_cache(maxsize=64)
-def _positions(iterations: Sequence, count: int) -> Float[np.ndarray, " levels"]:
+def _positions(iterations: Sequence | None, count: int) -> Float[np.ndarray, " levels"]:
     places = np.arange(1, count + 1)
-    if len(iterations) == count:
+    if iterations is not None and len(iterations) == count:
         caps = np.array([iterations.value(level) for level in range(count)])
         if np.all(np.diff(caps) > 0) and caps[-1] < UNLIMITED:
             places = np.maximum(caps, 1)

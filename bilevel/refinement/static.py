@@ -43,6 +43,16 @@ class StaticParts:
         )
         raise ValueError(msg)
 
+    @property
+    def last_of_each(self) -> list[int]:
+        """Of each run of levels with the same parts the last.
+
+        >>> StaticParts(((("grid", 8),), (("grid", 8),), (("grid", 16),))).last_of_each
+        [1, 2]
+        """
+        last = len(self.levels) - 1
+        return [k for k in range(last) if self.levels[k] != self.levels[k + 1]] + [last]
+
     def extended(self, count: int, parts: Mapping[str, Any]) -> "StaticParts":
         """With more parts for `count` levels: a list has one entry a level."""
         for name, part in parts.items():
