@@ -1,17 +1,17 @@
 """Learn what natural images look like, by how well it denoises them.
 
     bilevel compare examples/denoising.py --policies full,prdp,auto
-    bilevel run examples/denoising.py --set filters=4
+    bilevel run examples/denoising.py --set width=5
 
 Each noisy patch f is denoised by the minimiser of a variational energy,
 
     u*(θ) = argmin over u of ½ ‖u - f‖² + Σₖ exp(αₖ) Σ φ(hₖ * u),    φ(t) = √(t² + ε²) - ε,
 
 a field of experts with the convex potential of smoothed total variation.  Its weights αₖ and its
-filters hₖ, 3 by 3 and of zero mean, are learnt: the outer loss is the mean squared distance of u*
-from the clean patch (Roth and Black, IJCV 2009; Samuel and Tappen, CVPR 2009; Chen, Ranftl and
-Pock, IEEE Transactions on Image Processing 2014, who found that solving the inner problem
-accurately is what makes such training work).
+filters hₖ, 3 by 3 pixels and of zero mean, are learnt: the outer loss is the mean squared
+distance of u* from the clean patch (Roth and Black, IJCV 2009; Samuel and Tappen, CVPR 2009;
+Chen, Ranftl and Pock, IEEE Transactions on Image Processing 2014, who found that solving the
+inner problem accurately is what makes such training work).
 
 Patches are from scikit-learn's two photographs, at half their resolution and in grey, trained on,
 validated and tested with in different parts of them; the noise is normal with a standard
@@ -40,7 +40,13 @@ NOISE = 25 / 255
 ROUNDING = 0.02
 """ε of the potential."""
 
-TRAIN, VALIDATION, BATCH = 64, 32, 8
+TRAIN, VALIDATION, BATCH = 128, 64, 8
+
+START = 0.03
+"""Weights of all filters together before training."""
+
+STRIP = 40
+"""Width of a strip of a photograph, in pixels."""
 
 TOLERANCE, CAP = 1e-5, 300
 """Of the full solves: relative residual, and the most iterations.  They take about 90."""
@@ -56,15 +62,16 @@ class Prior(NamedTuple):
     """
 
     weight: Float[Array, " filters"]
-    coefficients: Float[Array, "filters 8"]
+    coefficients: Float[Array, "filters waves"]
 
 
-def basis() -> Float[np.ndarray, "8 9"]:
-    """The 3 by 3 discrete cosine transform without its constant, orthonormal."""
-    k, x = np.mgrid[:3, :3]
-    cosines = np.cos(np.pi * k * (2 * x + 1) / 6)
+def basis(width: int) -> Float[np.ndarray, "width**2-1 width**2"]:
+    """The two-dimensional discrete cosine transform without its constant, coarse to fine."""
+    k, x = np.mgrid[:width, :width]
+    cosines = np.cos(np.pi * k * (2 * x + 1) / (2 * width))
     cosines /= np.linalg.norm(cosines, axis=1, keepdims=True)
-    return np.einsum("ax,by->abxy", cosines, cosines).reshape(9, 9)[1:]
+    waves = np.einsum("ax,by->abxy", cosines, cosines).reshape(width**2, width**2)
+    return waves[np.argsort(np.add.outer(k[:, 0], k[:, 0]).ravel(), kind="stable")][1:]
 
 
 def potential(t: Array) -> Array:
@@ -73,30 +80,38 @@ def potential(t: Array) -> Array:
 
 
 class Experts:
-    """The field of experts: its energy, and how steep that is."""
+    """The field of experts: its energy, and how steep that is.
 
-    def __init__(self):
-        self._basis = jnp.asarray(basis(), jnp.float32)
+    **Arguments:**
 
-    def start(self, filters: int) -> Prior:
-        """The first filters of the basis, coarse to fine, all of one weight."""
-        return Prior(jnp.full(filters, jnp.log(0.02)), jnp.eye(filters, 8))
+    - `width`: of the filters, in pixels.
+    """
 
-    def filters(self, prior: Prior) -> Float[Array, "filters 9"]:
+    def __init__(self, width: int):
+        self._width = width
+        self._basis = jnp.asarray(basis(width), jnp.float32)
+
+    def start(self) -> Prior:
+        """As many filters as the basis has, which they are, all of one small weight."""
+        count = len(self._basis)
+        return Prior(jnp.full(count, jnp.log(START / count)), jnp.eye(count))
+
+    def filters(self, prior: Prior) -> Float[Array, "filters pixels"]:
         """As stencils, row by row."""
         return prior.coefficients @ self._basis
 
     def energy(self, u: Float[Array, "rows columns"], prior: Prior) -> Float[Array, ""]:
         """Of an image, without the distance from the noisy one."""
-        rows, columns = (length - 2 for length in u.shape)
-        # A product with nine shifted images: XLA's convolutions are far slower on a CPU.
-        shifted = jnp.stack([u[i : i + rows, j : j + columns] for i in range(3) for j in range(3)])
+        rows, columns = (length - self._width + 1 for length in u.shape)
+        # A product with shifted images: XLA's convolutions are far slower on a CPU.
+        offsets = range(self._width)
+        shifted = jnp.stack([u[i : i + rows, j : j + columns] for i in offsets for j in offsets])
         responses = jnp.einsum("kp,pij->kij", self.filters(prior), shifted)
         return jnp.sum(jnp.exp(prior.weight) * jnp.sum(potential(responses), (1, 2)))
 
     def steepness(self, prior: Prior) -> Float[Array, ""]:
         """The largest curvature that the energy can have: a maximum over frequencies."""
-        stencils = self.filters(prior).reshape(-1, 3, 3)
+        stencils = self.filters(prior).reshape(-1, self._width, self._width)
         spectrum = jnp.abs(jnp.fft.fft2(stencils, (32, 32))) ** 2
         return jnp.max(jnp.tensordot(jnp.exp(prior.weight), spectrum, 1)) / ROUNDING
 
@@ -156,17 +171,23 @@ class Denoiser:
 def patches(side: int, seed: int) -> tuple[Array, Array, Array]:
     """Clean patches to train on, to validate with, and to test with.
 
-    They are from the left half of the photographs, the next quarter, and the last; the test
-    patches are the same for every seed, so that runs of all seeds can be tested with them.
+    The photographs are cut into eight strips, which go to the three in turn, so that each has
+    sky, walls and leaves in it.  The test patches are the same for every seed, so that runs of
+    all seeds can be tested with them.
+
+    **Raises:** `ValueError` for a side that is no part of a strip.
     """
+    if not 8 <= side < STRIP:
+        msg = f"side is between 8 and {STRIP - 1} pixels, got {side}."
+        raise ValueError(msg)
     sample: Any = load_sample_images()
     grey = np.stack(sample.images).astype(np.float32).mean(-1)[:, :426, :640] / 255
     grey = grey.reshape(2, 213, 2, 320, 2).mean((2, 4))
 
-    def cut(first: int, last: int, count: int, random: np.random.Generator) -> Array:
+    def cut(strips: tuple[int, ...], count: int, random: np.random.Generator) -> Array:
         photograph = random.integers(2, size=count)
         row = random.integers(213 - side, size=count)
-        column = random.integers(first, last - side, size=count)
+        column = STRIP * random.choice(strips, count) + random.integers(STRIP - side, size=count)
         return jnp.asarray(
             np.stack(
                 [
@@ -177,8 +198,8 @@ def patches(side: int, seed: int) -> tuple[Array, Array, Array]:
         )
 
     random = np.random.default_rng(seed)
-    train, unseen = cut(0, 160, TRAIN, random), cut(160, 240, VALIDATION, random)
-    return train, unseen, cut(240, 320, VALIDATION, np.random.default_rng(1_000))
+    train, unseen = cut((0, 2, 4, 6), TRAIN, random), cut((1, 5), VALIDATION, random)
+    return train, unseen, cut((3, 7), VALIDATION, np.random.default_rng(1_000))
 
 
 def with_noise(key: PRNGKeyArray, clean: Array) -> Array:
@@ -186,18 +207,18 @@ def with_noise(key: PRNGKeyArray, clean: Array) -> Array:
     return clean + NOISE * jax.random.normal(key, clean.shape, clean.dtype)
 
 
-def task(filters: int = 6, side: int = 20, epochs: int = 25, seed: int = 0) -> bl.Task:
+def task(width: int = 3, side: int = 20, epochs: int = 15, seed: int = 0) -> bl.Task:
     """The learning of the prior.
 
     Args:
-        filters: of the field of experts, 8 at most.
+        width: of the filters, in pixels; there are width² - 1 of them.
         side: of a patch, in pixels.
-        epochs: passes over the training patches, of eight updates each.
+        epochs: passes over the training patches, of sixteen updates each.
         seed: of the patches, and of the noise validated with.
 
     """
     train, unseen, test = patches(side, seed)
-    experts = Experts()
+    experts = Experts(width)
     denoiser = Denoiser(experts)
     noisy = with_noise(jax.random.key(seed), unseen)
 
@@ -217,9 +238,9 @@ def task(filters: int = 6, side: int = 20, epochs: int = 25, seed: int = 0) -> b
             yield clean[chosen], spoilt[chosen]
 
     updates = epochs * (TRAIN // BATCH)
-    ladder = bl.Ladder.geometric(start=4, factor=1.25, stop=CAP)
+    ladder = bl.Ladder.geometric(start=12, factor=1.4, stop=CAP)
     return bl.Task(
-        experts.start(filters),
+        experts.start(),
         loss,
         batches,
         validate,
@@ -228,12 +249,12 @@ def task(filters: int = 6, side: int = 20, epochs: int = 25, seed: int = 0) -> b
         optimizer=optax.adam(optax.cosine_decay_schedule(0.05, updates, alpha=0.02)),
         epochs=epochs,
         ladder=ladder.with_tolerances(bl.Budget(rtol=TOLERANCE)),
-        report=lambda runs, directory: report(train, test, runs, directory),
+        report=lambda runs, directory: report(experts, train, test, runs, directory),
     )
 
 
 def report(
-    train: Array, test: Array, runs: Sequence[Any], directory: Path | None
+    experts: Experts, train: Array, test: Array, runs: Sequence[Any], directory: Path | None
 ) -> dict[str, float]:
     """Print the peak signal-to-noise ratios on the test patches, in decibels.
 
@@ -241,7 +262,7 @@ def report(
     """
     del directory
     noisy = with_noise(jax.random.key(1_000), test)
-    variation, learnt = Denoiser(TotalVariation()), Denoiser(Experts())
+    variation, learnt = Denoiser(TotalVariation()), Denoiser(experts)
     known = train, with_noise(jax.random.key(2_000), train)
 
     @jax.jit
@@ -259,9 +280,7 @@ def report(
         f"total variation, weight {float(jnp.exp(best)):.3f}": float(
             of_variation(best, test, noisy)
         ),
-        "field of experts before training": float(
-            of_experts(Experts().start(len(runs[0].theta.weight)))
-        ),
+        "field of experts before training": float(of_experts(experts.start())),
     }
     lines |= {run.summary.policy: float(of_experts(run.theta)) for run in runs}
     decibels = {name: -10 * float(np.log10(error)) for name, error in lines.items()}

@@ -4,7 +4,7 @@
     bilevel run examples/distillation.py --set per_class=2
 
 The synthetic images are the parameters, `per_class` of each digit.  The inner problem trains a
-classifier on them alone, a softmax regression with an ℓ2 penalty on its weights:
+classifier on them alone, a softmax regression with a ridge penalty on its weights:
 
     W*(θ) = argmin over W of mean cross-entropy of (θ, labels) + λ/2 ‖W‖².
 
@@ -88,7 +88,7 @@ def accuracy(weights: Array, images: Images) -> Array:
 
 
 class Classifier:
-    """Softmax regression with an ℓ2 penalty.
+    """Softmax regression with a ridge penalty.
 
     **Arguments:**
 
@@ -123,9 +123,7 @@ class Classifier:
         )
 
 
-def task(
-    per_class: int = 1, penalty: float = 0.03, epochs: int = 60, seed: int = 0
-) -> bl.Task:
+def task(per_class: int = 1, penalty: float = 0.03, epochs: int = 60, seed: int = 0) -> bl.Task:
     """The distillation.
 
     Args:
@@ -156,7 +154,7 @@ def task(
             yield Images(train.pixels[chosen], train.labels[chosen])
 
     updates = epochs * (TRAIN // BATCH)
-    ladder = bl.Ladder.geometric(start=4, factor=1.2, stop=CAP)
+    ladder = bl.Ladder.geometric(start=4, factor=1.5, stop=CAP)
     return bl.Task(
         start.pixels,
         loss,
@@ -168,6 +166,8 @@ def task(
         epochs=epochs,
         ladder=ladder.with_tolerances(bl.Budget(rtol=TOLERANCE)),
         projection=lambda pixels: jnp.clip(pixels, 0.0, 1.0),
+        # Each level brings little of what is left, and the rule would stop at the second.
+        refinement={"stopping_threshold": 1.0},
         report=lambda runs, directory: report(classifier, train, test, runs, directory),
     )
 

@@ -181,7 +181,7 @@ def task(
         del epoch
         yield from game.draw(key, BATCHES * BATCH).reshape(BATCHES, BATCH, markets)
 
-    ladder = bl.Ladder.geometric(start=4, factor=1.2, stop=CAP)
+    ladder = bl.Ladder.geometric(start=4, factor=1.5, stop=CAP)
     return bl.Task(
         jnp.full(game.shape, START),
         loss,
@@ -192,6 +192,8 @@ def task(
         optimizer=optax.adam(optax.cosine_decay_schedule(0.2, epochs * BATCHES, alpha=0.02)),
         epochs=epochs,
         ladder=ladder.with_tolerances(bl.Budget(rtol=TOLERANCE)),
+        # Each level brings little of what is left, and the rule would stop at the second.
+        refinement={"stopping_threshold": 1.0},
         report=lambda runs, directory: report(game, unseen, channel, runs, directory),
     )
 
