@@ -220,6 +220,8 @@ def task(
         optimizer=optimizer(epochs * UPDATES),
         epochs=epochs,
         ladder=ladder.with_tolerances(bl.Budget(rtol=TOLERANCE)),
+        # Each level brings little of what is left, and the rule would stop at the second.
+        refinement={"stopping_threshold": 1.0},
         report=compared,
     )
 

@@ -131,7 +131,13 @@ class Game:
         """The profit of a monopolist who owns leader and firms, the mean over demand."""
 
         def one(level: Array) -> Array:
-            q = bl.solve(self.united, level, jnp.zeros(self.shape), budget=EXACT.budget).value
+            q = bl.solve(
+                self.united,
+                level,
+                jnp.zeros(self.shape),
+                solver=bl.FixedPointIteration(),
+                budget=bl.Budget(iterations=20_000, rtol=1e-6),
+            ).value
             total = jnp.sum(q, 0)
             earned = jnp.sum(self.price(total, level)[0] * total)
             spent = jnp.sum((SUPPLY_COST + self.cost) * q)
