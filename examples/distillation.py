@@ -58,8 +58,11 @@ def digits(seed: int) -> tuple[Images, Images, Images]:
     order = np.random.default_rng(0).permutation(len(labels))
     test, rest = np.split(order, [len(labels) - TRAIN - VALIDATION])
     rest = np.random.default_rng(seed).permutation(rest)
-    parts = rest[:TRAIN], rest[TRAIN:], test
-    return tuple(Images(jnp.asarray(pixels[part]), jnp.asarray(labels[part])) for part in parts)
+
+    def part(chosen: np.ndarray) -> Images:
+        return Images(jnp.asarray(pixels[chosen]), jnp.asarray(labels[chosen]))
+
+    return part(rest[:TRAIN]), part(rest[TRAIN:]), part(test)
 
 
 def of_each_class(images: Images, count: int, random: np.random.Generator) -> Images:

@@ -28,7 +28,9 @@ def test_filters_start_as_the_cosine_transform_without_its_constant(denoising):
     np.testing.assert_allclose(waves @ waves.T, np.eye(8), atol=1e-12)
     np.testing.assert_allclose(waves.sum(1), 0, atol=1e-12)
     # The coarsest two are differences across the stencil.
-    np.testing.assert_allclose(np.abs(waves[0].reshape(3, 3)[0]), [1 / np.sqrt(6), 0, 1 / np.sqrt(6)], atol=1e-12)
+    np.testing.assert_allclose(
+        np.abs(waves[0].reshape(3, 3)[0]), [1 / np.sqrt(6), 0, 1 / np.sqrt(6)], atol=1e-12
+    )
 
 
 def test_the_energy_is_that_of_all_responses(denoising):
@@ -93,6 +95,7 @@ def test_training_and_validation_patches_are_from_different_strips(denoising):
         denoising.patches(40, 0)
 
 
+@pytest.mark.slow
 def test_training_makes_patches_better(denoising, capsys):
     with jax.enable_x64(False):
         task = denoising.task(side=10, epochs=3)

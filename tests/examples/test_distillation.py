@@ -50,7 +50,13 @@ def test_the_classifier_is_the_minimiser(distillation, images):
         gradient = x.T @ (np.exp(logits - norms[:, None]) - y) / 5 + 0.1 * w
         return np.mean(norms - (logits * y).sum(1)) + 0.05 * np.sum(w**2), gradient.ravel()
 
-    best = minimize(objective, np.zeros(650), jac=True, method="L-BFGS-B", options={"gtol": 1e-9, "ftol": 0.0, "maxiter": 2000})
+    best = minimize(
+        objective,
+        np.zeros(650),
+        jac=True,
+        method="L-BFGS-B",
+        options={"gtol": 1e-9, "ftol": 0.0, "maxiter": 2000},
+    )
     np.testing.assert_allclose(np.ravel(weights), best.x, atol=1e-6)
 
 
@@ -75,6 +81,7 @@ def test_the_gradient_is_that_of_the_loss(distillation, images):
     assert taylor_test(loss, images.pixels).slope >= 1.95
 
 
+@pytest.mark.slow
 def test_distilled_images_teach_more_than_real_ones(distillation, capsys):
     with jax.enable_x64(False):
         task = distillation.task(epochs=10)
@@ -86,7 +93,9 @@ def test_distilled_images_teach_more_than_real_ones(distillation, capsys):
     pixels = np.asarray(run.theta)
     assert pixels.min() >= 0
     assert pixels.max() <= 1
-    random, best = (lines[f"10 random real images, {kind} of 20 draws"] for kind in ("mean", "best"))
+    random, best = (
+        lines[f"10 random real images, {kind} of 20 draws"] for kind in ("mean", "best")
+    )
     assert 0.4 < random < best < lines[run.summary.policy]
     assert lines["all 1000 real images"] > 0.9
     assert "test accuracy" in capsys.readouterr().out

@@ -66,6 +66,7 @@ def test_the_gradient_is_that_of_the_adapted_error(meta):
     assert result.slope >= 1.95
 
 
+@pytest.mark.slow
 def test_training_helps_tasks_never_seen(meta):
     with jax.enable_x64(False):
         task = meta.task(width=16, proximity=2.0, epochs=3)
