@@ -46,7 +46,8 @@ TASKS, UPDATES, UNSEEN = 8, 20, 50
 """In a batch, batches in an epoch, and tasks validated with."""
 
 TOLERANCE, CAP = 1e-5, 300
-"""Of the full solves: relative residual, and the most iterations.  They take about 80."""
+"""Of the full solves: relative residual, and the most iterations.  They take about 130;
+a task in fifty is not solved when they stop."""
 
 EXACT = bl.Fidelity(bl.Budget(iterations=600, rtol=1e-5), bl.Budget(iterations=1))
 
@@ -220,8 +221,6 @@ def task(
         optimizer=optimizer(epochs * UPDATES),
         epochs=epochs,
         ladder=ladder.with_tolerances(bl.Budget(rtol=TOLERANCE)),
-        # Each level brings little of what is left, and the rule would stop at the second.
-        refinement={"stopping_threshold": 1.0},
         report=compared,
     )
 
