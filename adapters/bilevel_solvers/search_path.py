@@ -1,0 +1,218 @@
+"""SearchPath: the outer steps of a search, and what was found at each."""
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from sklearn.exceptions import ConvergenceWarning
+
+import bilevel as bl
+from bilevel_solvers.scipy_bridge import NonFiniteEvaluationError, ScipyObjective
+from bilevel_solvers.search_estimators import Prepared
+from bilevel_solvers.search_space import SearchSpace
+from bilevel_solvers.search_step import evaluate
+
+SCAN_TOLERANCE = 1e-4
+"""Relative tolerance of the inner solves while only losses are compared."""
+TOLERANCE = 1e-8
+"""And while their derivatives are followed."""
+KRYLOV_TOLERANCE = 1e-6
+"""And where every digit takes iterations."""
+FLAT = 1e-3
+"""Part of its first norm below which the gradient ends the descent."""
+MOST_ITERATIONS = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One evaluation of the cross-validation loss.
+
+    - `values`: the hyperparameters, as scikit-learn has them.
+    - `loss`: the smooth loss whose derivative is followed.
+    - `gradient_norm`: Euclidean, in the logarithm of the strength; NaN in the scan, which
+        solves no adjoint.
+    - `error`: estimated truncation error of the gradient; NaN where none was estimated.
+    - `scores`: of each fold, by the scorer.
+    - `iterations`: of the inner solves, summed over the folds.
+    - `seconds`: evaluation and scores.
+    - `stage`: "scan" or "descent".
+    """
+
+    values: dict[str, Any]
+    loss: float
+    gradient_norm: float
+    error: float
+    scores: NDArray[np.float64]
+    iterations: int
+    seconds: float
+    stage: str
+
+
+class SearchPath:
+    """Scan the strength of the penalty, then descend from the best of it by L-BFGS-B.
+
+    The loss of a cross-validation has flat ends and may have more than one minimum, so a
+    derivative alone could go the wrong way.  In the scan the inner solves are coarse and
+    no adjoint is solved; each starts at the solution of the one before.
+
+    **Arguments:**
+
+    - `prepared`, `space`: what is solved, and where.
+    - `score`: a stack of inner solutions -> the score of each fold.
+    - `controller`: of progressive refinement during the descent, or `None`.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        space: SearchSpace,
+        score: Callable[[NDArray[Any]], NDArray[np.float64]],
+        controller: bl.Controller[Any] | None,
+    ):
+        self.space = space
+        self.steps: list[Step] = []
+        self.failures = 0
+        self.message = ""
+        self._score = score
+        self._controller = controller
+        data = prepared.data
+        dtype = data.shared.features.dtype
+        # Single precision does not reach further.
+        reach = 4 * float(np.finfo(dtype).eps) ** (2 / 3)
+        wanted = KRYLOV_TOLERANCE if prepared.model.iterative else TOLERANCE
+        self._fine = _budget(max(wanted, reach))
+        start = space.theta(space.own)
+
+        def evaluated(
+            theta: PyTree, x0: PyTree, adjoint_guess: PyTree | None, fidelity: bl.Fidelity | None
+        ) -> bl.Hypergradient:
+            return evaluate(
+                prepared.model,
+                data.shared,
+                data.folds,
+                theta,
+                x0,
+                adjoint_guess,
+                _plain(fidelity or bl.Fidelity(self._fine), self._fine),
+                error=controller is not None,
+            )
+
+        self._objective = ScipyObjective(
+            evaluated,
+            {name: part.astype(dtype) for name, part in start.items()},
+            prepared.start,
+            budget=_budget(SCAN_TOLERANCE),
+            # Without any, the gradient would be unknown, hence NaN.
+            adjoint_budget=bl.Budget(iterations=1),
+        )
+
+    def run(self, scan: int, most_steps: int, tolerance: float) -> None:
+        """Do all of it.
+
+        **Raises:** `NonFiniteEvaluationError` where no step at all succeeded.
+        """
+        for values in self.space.scan(scan):
+            try:
+                self._step(self._objective.flat(self.space.theta(values)), "scan")
+            except NonFiniteEvaluationError as error:
+                self.failures, failed = self.failures + 1, error
+                continue
+        if not self.steps:
+            raise failed  # pyright: ignore[reportPossiblyUnbound]
+        if most_steps > 0:
+            self._descend(most_steps, tolerance)
+
+    def best(self) -> int:
+        """The step with the highest mean score; of several, that with the lowest loss."""
+        means = np.array([float(np.mean(step.scores)) for step in self.steps])
+        losses = np.array([step.loss for step in self.steps])
+        usable = np.where(np.isnan(means), -np.inf, means)
+        tied = usable >= usable.max() - 1e-12 * abs(usable.max())
+        return int(np.argmin(np.where(tied, losses, np.inf)))
+
+    def _descend(self, most_steps: int, tolerance: float) -> None:
+        objective = self._objective
+        first = min(self.steps, key=lambda step: step.loss)
+        if self._controller is None:
+            objective.budget = objective.adjoint_budget = self._fine
+        else:
+            objective.controller = self._controller
+            objective.state = self._controller.init()
+        low, high = (objective.flat(side) for side in self.space.box)
+        start = objective.flat(self.space.theta(first.values))
+        unit = 0.0
+
+        def scaled(flat: NDArray[Any]) -> tuple[float, NDArray[np.float64]]:
+            # In a box L-BFGS-B begins with a step as long as the gradient: so it is made one.
+            nonlocal unit
+            value, gradient = self._step(flat, "descent")
+            unit = unit or float(np.linalg.norm(gradient)) or 1.0
+            return value / unit, gradient / unit
+
+        try:
+            found = minimize(
+                scaled,
+                start,
+                jac=True,
+                method="L-BFGS-B",
+                bounds=np.stack([low, high], axis=1),
+                options={
+                    "maxiter": most_steps,
+                    "maxfun": most_steps,
+                    "ftol": tolerance,
+                    "gtol": FLAT,
+                },
+            )
+            self.message = str(found.message)
+        except NonFiniteEvaluationError as error:
+            self.failures += 1
+            self.message = f"An inner solve failed: {error}"
+            warnings.warn(
+                f"BilevelSearch: the descent ended early, the best step so far is kept. {error}",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
+
+    def _step(self, flat: NDArray[Any], stage: str) -> tuple[float, NDArray[np.float64]]:
+        began = time.perf_counter()
+        value, gradient = self._objective(flat)
+        last = self._objective.history[-1]
+        scores = self._score(np.asarray(self._objective.x))
+        self.steps.append(
+            Step(
+                self.space.values(self._objective.theta(flat)),
+                value,
+                last.gradient_norm if stage == "descent" else np.nan,
+                last.error if stage == "descent" else np.nan,
+                scores,
+                last.primal_iterations + last.adjoint_iterations,
+                time.perf_counter() - began,
+                stage,
+            )
+        )
+        return value, gradient
+
+
+def _budget(rtol: float) -> bl.Budget:
+    return bl.Budget(iterations=MOST_ITERATIONS, rtol=rtol)
+
+
+def _plain(fidelity: bl.Fidelity, default: bl.Budget) -> bl.Fidelity:
+    """Both budgets as arrays and nothing else, so that one program serves all of them."""
+
+    def arrays(budget: bl.Budget) -> bl.Budget:
+        return bl.Budget(
+            jnp.asarray(budget.iterations, jnp.int32),
+            jnp.asarray(budget.rtol, float),
+            jnp.asarray(budget.atol, float),
+        )
+
+    adjoint = fidelity.adjoint_budget
+    return bl.Fidelity(arrays(fidelity.budget), arrays(default if adjoint is None else adjoint))
