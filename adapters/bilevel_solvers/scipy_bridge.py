@@ -106,12 +106,13 @@ class ScipyObjective:
                 f"{theta0!r}. Give floats."
             )
             raise ValueError(msg)
-        self._like = [(leaf.shape, jnp.result_type(leaf)) for leaf in moving]
+        self._like = [(leaf.shape, leaf.dtype) for leaf in moving]
         self._evaluate = evaluate
-        # Without a weak type among them: the next start, a result, has none.
-        self._x0 = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), x0)
+        self._x0 = jax.tree.map(_strong, x0)
         self._x = self._x0
-        self._adjoint = jax.tree.map(jnp.zeros_like, self._x) if warm_adjoint else None
+        self._adjoint = None
+        if warm_adjoint:
+            self._adjoint = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._x)
         self._warm_start = warm_start
         self.budget = budget
         self.adjoint_budget = adjoint_budget
@@ -122,7 +123,7 @@ class ScipyObjective:
         self.result: bl.Hypergradient | None = None
 
     def theta(self, flat: ArrayLike) -> PyTree:
-        """The pytree like `theta0` of a flat vector.
+        """The pytree like `theta0` of a flat vector, its moving leaves as NumPy arrays.
 
         **Raises:** `ValueError` for a vector of another length.
         """
@@ -134,11 +135,11 @@ class ScipyObjective:
                 "optimizer at .start."
             )
             raise ValueError(msg)
-        parts: list[Array] = []
+        parts: list[NDArray[Any]] = []
         at = 0
         for shape, dtype in self._like:
             size = int(np.prod(shape))
-            parts.append(jnp.asarray(vector[at : at + size].reshape(shape), dtype))
+            parts.append(vector[at : at + size].reshape(shape).astype(dtype))
             at += size
         moving = iter(parts)
         leaves = [next(moving) if leaf is None else leaf for leaf in self._fixed]
@@ -213,11 +214,7 @@ class ScipyObjective:
         if self._warm_start:
             self._x = result.primal.value
             if self._adjoint is not None:
-                self._adjoint = jax.tree.map(
-                    lambda new, old: jnp.where(jnp.isfinite(new), new, old),
-                    result.adjoint.value,
-                    self._adjoint,
-                )
+                self._adjoint = result.adjoint.value
 
     def _accepted(
         self,
@@ -283,7 +280,7 @@ def scipy_objective(
     **Arguments:**
 
     - `theta0`: any pytree; floats and float arrays of it move, whole numbers and the rest
-        stay as they are. Python floats are of JAX's default dtype.
+        stay as they are. Python floats are double, hence of JAX's default precision.
     - `budget`, `adjoint_budget`: as for `bl.hypergradient`; set the attributes of the same
         names to change them between calls, without a compilation.
     - `controller`: moves both budgets a call at a time. Where it does not accept a
@@ -350,6 +347,13 @@ def scipy_objective(
     )
 
 
+def _strong(leaf: Any) -> Any:
+    """An array without a weak type: the next start, which is a result, has none."""
+    if isinstance(leaf, jax.Array):
+        return jnp.asarray(leaf, leaf.dtype)
+    return np.asarray(leaf)
+
+
 def _is_fixed(leaf: Any) -> bool:
     """Whether a leaf of theta is none that moves.
 
@@ -357,7 +361,7 @@ def _is_fixed(leaf: Any) -> bool:
     """
     if not eqx.is_array_like(leaf):
         return True
-    dtype = jnp.result_type(leaf)
+    dtype = np.asarray(leaf).dtype
     if jnp.issubdtype(dtype, jnp.complexfloating):
         msg = (
             f"scipy_objective: theta0 must be real, got {dtype}. Give real and imaginary parts as "

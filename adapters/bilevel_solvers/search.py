@@ -5,12 +5,14 @@ import time
 from collections.abc import Callable
 from typing import Any, Self
 
+import jax
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 import bilevel as bl
 
 try:
+    from sklearn import config_context
     from sklearn.base import BaseEstimator, MetaEstimatorMixin, clone, is_classifier
     from sklearn.linear_model import ElasticNet
     from sklearn.metrics import check_scoring
@@ -36,6 +38,7 @@ from bilevel_solvers.search_estimators import (
     refit_scaled,
     require_supported,
 )
+from bilevel_solvers.search_host import known, suits
 from bilevel_solvers.search_path import SearchPath, Step
 from bilevel_solvers.search_space import SearchSpace, search_space
 
@@ -86,6 +89,10 @@ class BilevelSearch(MetaEstimatorMixin, BaseEstimator):  # pyright: ignore[repor
         is a thousandth of the first. In single precision not below 6e-6.
     - `controller`: of progressive refinement, to move the budgets of the inner solves
         during the descent, such as `bl.ErrorControlled(bl.Ladder.tolerances())`.
+    - `engine`: "jax" solves the inner problems by the solvers of `bilevel`, in one program
+        for all folds; "numpy" by factorisations, and for l1 penalties scikit-learn's
+        coordinate descent, to the same equations, exactly. "auto" takes the latter where
+        all of the search is less work than compiling a program.
     - `refit`: whether `best_estimator_` is fitted on all samples.
 
     **After `fit`:**
@@ -96,7 +103,7 @@ class BilevelSearch(MetaEstimatorMixin, BaseEstimator):  # pyright: ignore[repor
     - `cv_results_`: a row a step: params, param_*, split*_test_score, mean_test_score,
         std_test_score, rank_test_score as of `GridSearchCV`, and loss, gradient_norm,
         gradient_error, inner_iterations, seconds, stage.
-    - `bounds_`: where it searched. `n_iter_`: steps. `message_`: why it stopped.
+    - `bounds_`: where it searched. `engine_`: which one did. `n_iter_`: steps. `message_`: why it stopped.
 
     **Raises:** on `fit`, `TypeError` for another estimator and for sparse X (`toarray()`
     it), `ValueError` for settings under which an estimator minimises something else, and
@@ -130,6 +137,7 @@ class BilevelSearch(MetaEstimatorMixin, BaseEstimator):  # pyright: ignore[repor
         max_iter: int = 30,
         tol: float = 1e-8,
         controller: Any = None,
+        engine: str = "auto",
         refit: bool = True,
     ):
         self.estimator = estimator
@@ -141,6 +149,7 @@ class BilevelSearch(MetaEstimatorMixin, BaseEstimator):  # pyright: ignore[repor
         self.max_iter = max_iter
         self.tol = tol
         self.controller = controller
+        self.engine = engine
         self.refit = refit
 
     def fit(
@@ -191,15 +200,20 @@ class BilevelSearch(MetaEstimatorMixin, BaseEstimator):  # pyright: ignore[repor
 
         def score(x: NDArray[Any]) -> NDArray[np.float64]:
             models = self._models(prepared, x)
-            return np.array(
-                [
-                    self.scorer_(model, features[test], targets[test])
-                    for model, (_, test) in zip(models, splits, strict=True)
-                ],
-                np.float64,
-            )
+            # The samples were looked at once.
+            with config_context(assume_finite=True, skip_parameter_validation=True):
+                return np.array(
+                    [
+                        self.scorer_(model, features[test], targets[test])
+                        for model, (_, test) in zip(models, splits, strict=True)
+                    ],
+                    np.float64,
+                )
 
-        path = SearchPath(prepared, space, score, self.controller)
+        self.engine_ = self._engine(prepared)
+        path = SearchPath(
+            prepared, space, score, self.controller, host=self.engine_ == "numpy"
+        )
         path.run(self.scan, self.max_iter, self._tolerance(features.dtype))
         self.n_splits_ = len(splits)
         self._record(path, space)
@@ -262,6 +276,9 @@ class BilevelSearch(MetaEstimatorMixin, BaseEstimator):  # pyright: ignore[repor
                 f"{self.scoring!r}. Several cannot decide which step is best."
             )
             raise ValueError(msg)
+        if self.engine not in {"auto", "jax", "numpy"}:
+            msg = f"BilevelSearch: engine must be 'auto', 'jax' or 'numpy', got {self.engine!r}."
+            raise ValueError(msg)
         if self.per_feature and type(self.estimator) is ElasticNet:
             msg = (
                 "BilevelSearch: per_feature=True is not for ElasticNet, whose fit with one penalty "
@@ -295,8 +312,22 @@ class BilevelSearch(MetaEstimatorMixin, BaseEstimator):  # pyright: ignore[repor
             raise ValueError(msg)
         return features, targets, encoder.transform(targets), weight
 
+    def _engine(self, prepared: Prepared) -> str:
+        if self.engine == "auto":
+            return "numpy" if self.controller is None and suits(prepared) else "jax"
+        if self.engine == "numpy" and (self.controller is not None or not known(prepared)):
+            msg = (
+                "BilevelSearch: engine='numpy' has no budgets, hence no controller, and neither "
+                "the multinomial model nor many features. Use engine='jax' or 'auto'."
+            )
+            raise ValueError(msg)
+        return self.engine
+
     def _tolerance(self, dtype: np.dtype[Any]) -> float:
-        return max(float(self.tol), 50 * float(np.finfo(_effective(dtype)).eps))
+        reached = np.dtype(np.float64)
+        if self.engine_ == "jax":
+            reached = jax.dtypes.canonicalize_dtype(dtype)
+        return max(float(self.tol), 50 * float(np.finfo(reached).eps))
 
     def _models(self, prepared: Prepared, x: NDArray[Any]) -> list[Any]:
         """A fitted estimator for each fold."""
@@ -343,13 +374,6 @@ class BilevelSearch(MetaEstimatorMixin, BaseEstimator):  # pyright: ignore[repor
     def _call(self, name: str, X: ArrayLike) -> NDArray[Any]:
         model, features = self._ready(X)
         return getattr(model, name)(features)
-
-
-def _effective(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The dtype that JAX makes of it."""
-    import jax.numpy as jnp
-
-    return np.dtype(jnp.zeros((), dtype).dtype)
 
 
 def _results(steps: list[Step], space: SearchSpace) -> dict[str, Any]:

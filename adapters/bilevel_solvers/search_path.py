@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
@@ -16,6 +17,7 @@ from sklearn.exceptions import ConvergenceWarning
 import bilevel as bl
 from bilevel_solvers.scipy_bridge import NonFiniteEvaluationError, ScipyObjective
 from bilevel_solvers.search_estimators import Prepared
+from bilevel_solvers.search_host import HostFolds
 from bilevel_solvers.search_space import SearchSpace
 from bilevel_solvers.search_step import evaluate
 
@@ -67,6 +69,7 @@ class SearchPath:
     - `prepared`, `space`: what is solved, and where.
     - `score`: a stack of inner solutions -> the score of each fold.
     - `controller`: of progressive refinement during the descent, or `None`.
+    - `host`: whether to evaluate in NumPy.
     """
 
     def __init__(
@@ -75,6 +78,8 @@ class SearchPath:
         space: SearchSpace,
         score: Callable[[NDArray[Any]], NDArray[np.float64]],
         controller: bl.Controller[Any] | None,
+        *,
+        host: bool,
     ):
         self.space = space
         self.steps: list[Step] = []
@@ -83,16 +88,21 @@ class SearchPath:
         self._score = score
         self._controller = controller
         data = prepared.data
-        dtype = data.shared.features.dtype
+        dtype = np.dtype(np.float64)
+        if not host:
+            dtype = jax.dtypes.canonicalize_dtype(data.shared.features.dtype)
         # Single precision does not reach further.
         reach = 4 * float(np.finfo(dtype).eps) ** (2 / 3)
         wanted = KRYLOV_TOLERANCE if prepared.model.iterative else TOLERANCE
         self._fine = _budget(max(wanted, reach))
         start = space.theta(space.own)
+        folds = HostFolds(prepared) if host else None
 
         def evaluated(
             theta: PyTree, x0: PyTree, adjoint_guess: PyTree | None, fidelity: bl.Fidelity | None
         ) -> bl.Hypergradient:
+            if folds is not None:
+                return folds(theta, x0)
             return evaluate(
                 prepared.model,
                 data.shared,
