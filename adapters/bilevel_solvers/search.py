@@ -43,6 +43,10 @@ from bilevel_solvers.search_path import SearchPath, Step
 from bilevel_solvers.search_space import SearchSpace, search_space
 
 
+SMOOTH = {"r2", "neg_mean_squared_error", "neg_log_loss"}
+"""Scores that are the loss itself, or as good as."""
+
+
 def _refitted(name: str) -> Callable[[Any], bool]:
     """Whether the estimator that was searched has such a method."""
 
@@ -85,7 +89,9 @@ class BilevelSearch(MetaEstimatorMixin, BaseEstimator):  # pyright: ignore[repor
         for `ElasticNet`, whose two penalties scale differently.
     - `scan`: how many strengths are tried before the descent.
     - `max_iter`: most evaluations of the descent.
-    - `tol`: it ends where a step lowers the loss by less than this part, or the gradient
+    - `polish`: most steps that go after the score itself, with a common factor to the
+        strength, where the score is not the smooth loss: an accuracy has no derivative.
+    - `tol`: the descent ends where a step lowers the loss by less than this part, or the gradient
         is a thousandth of the first. In single precision not below 6e-6.
     - `controller`: of progressive refinement, to move the budgets of the inner solves
         during the descent, such as `bl.ErrorControlled(bl.Ladder.tolerances())`.
@@ -135,6 +141,7 @@ class BilevelSearch(MetaEstimatorMixin, BaseEstimator):  # pyright: ignore[repor
         per_feature: bool = False,
         scan: int = 8,
         max_iter: int = 30,
+        polish: int = 8,
         tol: float = 1e-8,
         controller: Any = None,
         engine: str = "auto",
@@ -147,6 +154,7 @@ class BilevelSearch(MetaEstimatorMixin, BaseEstimator):  # pyright: ignore[repor
         self.per_feature = per_feature
         self.scan = scan
         self.max_iter = max_iter
+        self.polish = polish
         self.tol = tol
         self.controller = controller
         self.engine = engine
@@ -214,7 +222,9 @@ class BilevelSearch(MetaEstimatorMixin, BaseEstimator):  # pyright: ignore[repor
         path = SearchPath(
             prepared, space, score, self.controller, host=self.engine_ == "numpy"
         )
-        path.run(self.scan, self.max_iter, self._tolerance(features.dtype))
+        smooth = self.scoring in SMOOTH or (self.scoring is None and labels is None)
+        tolerance = self._tolerance(features.dtype)
+        path.run(self.scan, self.max_iter, tolerance, 0 if smooth else self.polish)
         self.n_splits_ = len(splits)
         self._record(path, space)
         if self.refit:
@@ -262,7 +272,7 @@ class BilevelSearch(MetaEstimatorMixin, BaseEstimator):  # pyright: ignore[repor
         return tags
 
     def _require_settings(self) -> None:
-        for name, least in (("scan", 0), ("max_iter", 0)):
+        for name, least in (("scan", 0), ("max_iter", 0), ("polish", 0)):
             value = getattr(self, name)
             if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
                 msg = f"BilevelSearch: {name} must be a whole number >= {least}, got {value!r}."

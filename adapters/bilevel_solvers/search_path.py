@@ -29,6 +29,10 @@ KRYLOV_TOLERANCE = 1e-6
 """And where every digit takes iterations."""
 FLAT = 1e-3
 """Part of its first norm below which the gradient ends the descent."""
+RISES = 2
+"""So many scanned losses in a row above the lowest end the scan."""
+POLISH_STRIDE = 0.7
+"""First stride in the logarithm of the strength, where the score is followed."""
 MOST_ITERATIONS = 10_000
 
 
@@ -44,7 +48,7 @@ class Step:
     - `scores`: of each fold, by the scorer.
     - `iterations`: of the inner solves, summed over the folds.
     - `seconds`: evaluation and scores.
-    - `stage`: "scan" or "descent".
+    - `stage`: "scan", "descent" or "polish".
     """
 
     values: dict[str, Any]
@@ -62,7 +66,9 @@ class SearchPath:
 
     The loss of a cross-validation has flat ends and may have more than one minimum, so a
     derivative alone could go the wrong way.  In the scan the inner solves are coarse and
-    no adjoint is solved; each starts at the solution of the one before.
+    no adjoint is solved; each starts at the solution of the one before.  Where the score
+    is something else than the loss, it has the last word: a few steps more go up and down
+    with the strength from where it is best.
 
     **Arguments:**
 
@@ -95,6 +101,8 @@ class SearchPath:
         reach = 4 * float(np.finfo(dtype).eps) ** (2 / 3)
         wanted = KRYLOV_TOLERANCE if prepared.model.iterative else TOLERANCE
         self._fine = _budget(max(wanted, reach))
+        # Without any adjoint iteration the gradient would be unknown, hence NaN.
+        self._coarse = _budget(SCAN_TOLERANCE), bl.Budget(iterations=1)
         start = space.theta(space.own)
         folds = HostFolds(prepared) if host else None
 
@@ -118,26 +126,73 @@ class SearchPath:
             evaluated,
             {name: part.astype(dtype) for name, part in start.items()},
             prepared.start,
-            budget=_budget(SCAN_TOLERANCE),
-            # Without any, the gradient would be unknown, hence NaN.
-            adjoint_budget=bl.Budget(iterations=1),
+            budget=self._coarse[0],
+            adjoint_budget=self._coarse[1],
         )
 
-    def run(self, scan: int, most_steps: int, tolerance: float) -> None:
+    def run(self, scan: int, most_steps: int, tolerance: float, polish: int) -> None:
         """Do all of it.
+
+        **Arguments:**
+
+        - `scan`: strengths to try; `most_steps`, `tolerance`: of the descent.
+        - `polish`: steps that are spent on the score itself, where it is not the loss.
 
         **Raises:** `NonFiniteEvaluationError` where no step at all succeeded.
         """
-        for values in self.space.scan(scan):
+        self._scan(scan)
+        if most_steps > 0:
+            self._descend(most_steps, tolerance)
+        if polish > 0:
+            self._polish(polish)
+
+    def _scan(self, count: int) -> None:
+        failed: NonFiniteEvaluationError | None = None
+        rises = 0
+        for values in self.space.scan(count):
+            lowest = min((step.loss for step in self.steps), default=np.inf)
             try:
-                self._step(self._objective.flat(self.space.theta(values)), "scan")
+                loss, _ = self._step(self._objective.flat(self.space.theta(values)), "scan")
             except NonFiniteEvaluationError as error:
                 self.failures, failed = self.failures + 1, error
                 continue
-        if not self.steps:
-            raise failed  # pyright: ignore[reportPossiblyUnbound]
-        if most_steps > 0:
-            self._descend(most_steps, tolerance)
+            rises = rises + 1 if loss > lowest else 0
+            # The less penalty, the more iterations: past the minimum they are spared.
+            if rises == RISES:
+                break
+        if not self.steps and failed is not None:
+            raise failed
+
+    def _polish(self, most: int) -> None:
+        """Go to where the scorer, which has no derivative, finds the penalty's strength better."""
+        objective = self._objective
+        objective.controller = None
+        objective.budget, objective.adjoint_budget = self._coarse
+        stride, spent = POLISH_STRIDE, 0
+        low, high = self.space.box
+        name = self.space.strength
+        while spent < most and stride > POLISH_STRIDE / 32:
+            before = self.best()
+            centre = self.space.theta(self.steps[before].values)
+            for direction in (-stride, stride):
+                moved = np.clip(centre[name] + direction, low[name], high[name])
+                if spent == most or self._seen({**centre, name: moved}):
+                    continue
+                spent += 1
+                try:
+                    self._step(objective.flat({**centre, name: moved}), "polish")
+                except NonFiniteEvaluationError:
+                    self.failures += 1
+            if self.best() == before:
+                stride /= 2
+
+    def _seen(self, theta: dict[str, NDArray[Any]]) -> bool:
+        """Whether there was a step there, but for rounding."""
+        flat = self._objective.flat(theta)
+        return any(
+            np.allclose(flat, self._objective.flat(self.space.theta(step.values)), atol=1e-3)
+            for step in self.steps
+        )
 
     def best(self) -> int:
         """The step with the highest mean score; of several, that with the lowest loss."""
