@@ -220,7 +220,7 @@ def _require_classes(y: NDArray[Any], classes: NDArray[Any], splits: Sequence[Sp
         if len(missing):
             msg = (
                 f"BilevelSearch: the training samples of fold {number} have no sample of class "
-                f"{classes[missing[0]]!r}, so its coefficients have no minimiser. Use stratified "
+                f"{classes[missing[0]]}, so its coefficients have no minimiser. Use stratified "
                 "folds, fewer of them, or drop classes with so few samples."
             )
             raise ValueError(msg)
