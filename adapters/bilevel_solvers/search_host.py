@@ -10,19 +10,23 @@ from scipy.special import expit
 from sklearn.linear_model import enet_path
 
 import bilevel as bl
-from bilevel.evaluation import Cost
 from bilevel_solvers.search_estimators import Prepared
 from bilevel_solvers.search_models import (
     ElasticNetModel,
     Fold,
     LogisticModel,
+    MultinomialModel,
     RidgeModel,
     SquaredHingeModel,
     SquaredInsensitiveModel,
 )
+from bilevel_solvers.search_multinomial import HostMultinomial
+from bilevel_solvers.search_result import host_result
 
 MOST_WORK = 1e8
 """Samples times squared features, over all inner problems, that a compilation is worth."""
+MOST_SCORES = 2e7
+"""The same for the multinomial model: samples times features times classes, over all folds."""
 MOST_STEPS = 100
 MOST_SWEEPS = 10_000
 SWEEP_TOLERANCES = (1e-4, 1e-7, 1e-10)
@@ -63,22 +67,28 @@ class _Loss(NamedTuple):
 
 
 def known(prepared: Prepared) -> bool:
-    """Whether a search is of a kind that is done here."""
-    kinds = (
-        RidgeModel | ElasticNetModel | LogisticModel | SquaredHingeModel | SquaredInsensitiveModel
-    )
-    return isinstance(prepared.model, kinds) and not prepared.model.iterative and _dense(prepared)
+    """Whether a search is of a kind that is done in NumPy."""
+    model = prepared.model
+    if isinstance(model, MultinomialModel):
+        return True
+    dense = not model.squared or prepared.data.folds.gram.shape[-1] > 0
+    return dense and not model.iterative
 
 
 def suits(prepared: Prepared) -> bool:
     """Whether it is also little enough work."""
     samples, width = prepared.data.shared.features.shape
-    work = float(len(prepared.data.folds.total)) * samples * width**2
-    return known(prepared) and work <= MOST_WORK
+    size = float(len(prepared.data.folds.total)) * samples * width
+    if isinstance(prepared.model, MultinomialModel):
+        return size * prepared.outputs <= MOST_SCORES
+    return known(prepared) and size * width <= MOST_WORK
 
 
-def _dense(prepared: Prepared) -> bool:
-    return not prepared.model.squared or prepared.data.folds.gram.shape[-1] > 0
+def host_evaluation(prepared: Prepared) -> Callable[..., bl.Hypergradient]:
+    """(theta, x0, fidelity) -> the hypergradient, in NumPy."""
+    if isinstance(prepared.model, MultinomialModel):
+        return HostMultinomial(prepared)
+    return HostFolds(prepared)
 
 
 class HostFolds:
@@ -103,8 +113,11 @@ class HostFolds:
         if isinstance(self._model, ElasticNetModel):
             self._rows = [self._weighted(fold) for fold in self._folds]
 
-    def __call__(self, theta: Mapping[str, Any], x0: Any) -> bl.Hypergradient:
+    def __call__(
+        self, theta: Mapping[str, Any], x0: Any, fidelity: bl.Fidelity | None = None
+    ) -> bl.Hypergradient:
         """Mean test loss over the folds, and its gradient, from starts (folds, d)."""
+        del fidelity
         hyper = {name: np.asarray(part, np.float64) for name, part in theta.items()}
         fitted: list[_Fitted] = []
         gradient = {name: np.zeros_like(part) for name, part in hyper.items()}
@@ -121,7 +134,16 @@ class HostFolds:
             for name, part in self._chained(hyper, penalty, found).items():
                 gradient[name] += part / count
         value = float(np.mean([one.loss for one in fitted]))
-        return _result(value, gradient, fitted)
+        return host_result(
+            value,
+            gradient,
+            np.stack([one.x for one in fitted]),
+            np.stack([one.adjoint for one in fitted]),
+            iterations=np.array([one.iterations for one in fitted], np.int32),
+            adjoint_iterations=np.zeros(count, np.int32),
+            residual=np.array([one.residual for one in fitted]),
+            converged=np.array([one.converged for one in fitted]),
+        )
 
     def _penalty(self, hyper: dict[str, Array], fold: Fold) -> _Penalty:
         scale = self._scale
@@ -331,39 +353,4 @@ def _loss(model: object) -> _Loss | None:
             lambda y, f: 2.0 * (np.abs(y - f) > width),
         )
     return None
-
-
-def _result(value: float, gradient: dict[str, Array], fitted: list[_Fitted]) -> bl.Hypergradient:
-    """In the form of the library's own, a row a fold."""
-    iterations = np.array([one.iterations for one in fitted], np.int32)
-    residual = np.array([one.residual for one in fitted])
-    status = np.where([one.converged for one in fitted], bl.Status.CONVERGED, bl.Status.BUDGET)
-
-    def solution(x: Array, steps: NDArray[Any], residual: Array) -> bl.Solution:
-        nothing = np.full(len(fitted), np.nan)
-        parts: Any = {
-            "value": x,
-            "status": status.astype(np.int32),
-            "residual_norm": residual,
-            "iterations": steps,
-            "inner_iterations": steps,
-            "applications": steps,
-            "tolerance": nothing,
-            "scale": nothing,
-            "rate": nothing,
-        }
-        return bl.Solution(**parts)
-
-    none = np.zeros_like(iterations)
-    primal = solution(np.stack([one.x for one in fitted]), iterations, residual)
-    adjoint = solution(np.stack([one.adjoint for one in fitted]), none, np.zeros_like(residual))
-    cost: Any = Cost
-    return bl.Hypergradient(
-        np.float64(value),  # pyright: ignore[reportArgumentType]
-        gradient,
-        primal,
-        adjoint,
-        None,
-        cost(iterations, none, iterations, none, none),
-    )
 

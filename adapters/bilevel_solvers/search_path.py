@@ -17,14 +17,12 @@ from sklearn.exceptions import ConvergenceWarning
 import bilevel as bl
 from bilevel_solvers.scipy_bridge import NonFiniteEvaluationError, ScipyObjective
 from bilevel_solvers.search_estimators import Prepared
-from bilevel_solvers.search_host import HostFolds
+from bilevel_solvers.search_host import host_evaluation
 from bilevel_solvers.search_space import SearchSpace
 from bilevel_solvers.search_step import evaluate
 
-SCAN_TOLERANCE = 1e-4
-"""Relative tolerance of the inner solves while only losses are compared."""
 TOLERANCE = 1e-8
-"""And while their derivatives are followed."""
+"""Relative tolerance of the inner solves."""
 KRYLOV_TOLERANCE = 1e-6
 """And where every digit takes iterations."""
 FLAT = 1e-3
@@ -65,8 +63,8 @@ class SearchPath:
     """Scan the strength of the penalty, then descend from the best of it by L-BFGS-B.
 
     The loss of a cross-validation has flat ends and may have more than one minimum, so a
-    derivative alone could go the wrong way.  In the scan the inner solves are coarse and
-    no adjoint is solved; each starts at the solution of the one before.  Where the score
+    derivative alone could go the wrong way.  In the scan no adjoint is solved; each fit
+    starts at the solution of the one before.  Where the score
     is something else than the loss, it has the last word: a few steps more go up and down
     with the strength from where it is best.
 
@@ -102,15 +100,15 @@ class SearchPath:
         wanted = KRYLOV_TOLERANCE if prepared.model.iterative else TOLERANCE
         self._fine = _budget(max(wanted, reach))
         # Without any adjoint iteration the gradient would be unknown, hence NaN.
-        self._coarse = _budget(SCAN_TOLERANCE), bl.Budget(iterations=1)
+        self._value_only = self._fine, bl.Budget(iterations=1)
         start = space.theta(space.own)
-        folds = HostFolds(prepared) if host else None
+        folds = host_evaluation(prepared) if host else None
 
         def evaluated(
             theta: PyTree, x0: PyTree, adjoint_guess: PyTree | None, fidelity: bl.Fidelity | None
         ) -> bl.Hypergradient:
             if folds is not None:
-                return folds(theta, x0)
+                return folds(theta, x0, fidelity)
             return evaluate(
                 prepared.model,
                 data.shared,
@@ -126,8 +124,8 @@ class SearchPath:
             evaluated,
             {name: part.astype(dtype) for name, part in start.items()},
             prepared.start,
-            budget=self._coarse[0],
-            adjoint_budget=self._coarse[1],
+            budget=self._value_only[0],
+            adjoint_budget=self._value_only[1],
         )
 
     def run(self, scan: int, most_steps: int, tolerance: float, polish: int) -> None:
@@ -167,7 +165,7 @@ class SearchPath:
         """Go to where the scorer, which has no derivative, finds the penalty's strength better."""
         objective = self._objective
         objective.controller = None
-        objective.budget, objective.adjoint_budget = self._coarse
+        objective.budget, objective.adjoint_budget = self._value_only
         stride, spent = POLISH_STRIDE, 0
         low, high = self.space.box
         name = self.space.strength

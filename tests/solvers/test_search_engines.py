@@ -1,6 +1,6 @@
 """Both engines of BilevelSearch: the same loss, the same hypergradient."""
 
-import jax
+import jax.flatten_util
 import numpy as np
 import pytest
 from scipy.optimize import check_grad
@@ -12,7 +12,7 @@ from sklearn.svm import LinearSVC, LinearSVR
 import bilevel as bl
 from bilevel_solvers import BilevelSearch
 from bilevel_solvers.search_estimators import NAMES, prepare
-from bilevel_solvers.search_host import HostFolds
+from bilevel_solvers.search_host import host_evaluation
 from bilevel_solvers.search_space import search_space
 from bilevel_solvers.search_step import evaluate
 
@@ -68,7 +68,7 @@ def compiled(problem, theta, tolerance=1e-13):
 @pytest.mark.parametrize("name", CASES)
 def test_gradient_in_numpy_agrees_with_differences(name):
     problem, theta = prepared(name)
-    folds = HostFolds(problem)
+    folds = host_evaluation(problem)
     flat, unravel = jax.flatten_util.ravel_pytree(theta)
 
     def value(flat):
@@ -98,7 +98,7 @@ def test_gradient_in_numpy_agrees_with_differences(name):
 )
 def test_engines_agree(name):
     problem, theta = prepared(name)
-    host, device = HostFolds(problem)(theta, problem.start), compiled(problem, theta)
+    host, device = host_evaluation(problem)(theta, problem.start), compiled(problem, theta)
     np.testing.assert_allclose(host.value, device.value, rtol=1e-9)
     for part, gradient in host.gradient.items():
         np.testing.assert_allclose(gradient, device.gradient[part], rtol=1e-6, atol=1e-9)
