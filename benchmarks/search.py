@@ -134,10 +134,10 @@ def benchmark(quick: bool) -> Report:
 def _problem(case: Case) -> tuple[np.ndarray, np.ndarray, Any, str]:
     from sklearn import datasets, linear_model  # noqa: PLC0415
 
-    X, y = getattr(datasets, f"load_{case.name}")(return_X_y=True)
+    features, y = getattr(datasets, f"load_{case.name}")(return_X_y=True)
     if case.name == "breast_cancer":
-        X = (X - X.mean(0)) / X.std(0)
+        features = (features - features.mean(0)) / features.std(0)
     if case.name == "digits":
-        X = X / 16.0
+        features = features / 16.0
     estimator = getattr(linear_model, case.estimator)()
-    return X, y, estimator, "C" if hasattr(estimator, "C") else "alpha"
+    return features, y, estimator, "C" if hasattr(estimator, "C") else "alpha"

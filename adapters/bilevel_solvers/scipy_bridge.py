@@ -117,7 +117,7 @@ class ScipyObjective:
         self.budget = budget
         self.adjoint_budget = adjoint_budget
         self.controller = controller
-        self.state = None if controller is None else controller.init()
+        self.state: Any = None if controller is None else controller.init()
         self.start = np.concatenate([np.ravel(leaf).astype(np.float64) for leaf in moving])
         self.history: list[Evaluation] = []
         self.result: bl.Hypergradient | None = None
@@ -170,14 +170,14 @@ class ScipyObjective:
         theta = self.theta(flat)
         vector = np.array(flat, np.float64)
         if not np.isfinite(vector).all():
-            raise NonFiniteEvaluationError(
+            msg = (
                 f"ScipyObjective: the optimizer asks for a point that is not finite, {vector}. "
-                "Bound its steps, or scale theta.",
-                theta,
-                None,
+                "Bound its steps, or scale theta."
             )
+            raise NonFiniteEvaluationError(msg, theta, None)
         primal = adjoint = 0
-        for _ in range(MOST_REPEATS):
+        repeats = 0
+        while True:
             fidelity = self._fidelity()
             result = self._evaluate(theta, self._x, self._adjoint, fidelity)
             value, gradient = float(result.value), self.flat(result.gradient)
@@ -186,15 +186,17 @@ class ScipyObjective:
             finite = bool(np.isfinite(value) and np.isfinite(gradient).all())
             if finite:
                 self._keep(result)
-            if self._accepted(theta, fidelity, result, value if finite else np.nan, gradient):
+            metric, repeats = value if finite else np.nan, repeats + 1
+            if self._accepted(theta, fidelity, result, metric, gradient):
+                break
+            if repeats == MOST_REPEATS:
                 break
         if not finite:
-            raise NonFiniteEvaluationError(
+            msg = (
                 f"ScipyObjective: the outer loss is {value} and its gradient has norm "
-                f"{np.linalg.norm(gradient)} at theta = {vector}. {_reason(result)}",
-                theta,
-                result,
+                f"{np.linalg.norm(gradient)} at theta = {vector}. {_reason(result)}"
             )
+            raise NonFiniteEvaluationError(msg, theta, result)
         self.result = result
         error = np.nan if result.error is None else float(result.error.total)
         self.history.append(

@@ -9,11 +9,9 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-import bilevel as bl
-
 try:
     from sklearn import config_context
-    from sklearn.base import BaseEstimator, MetaEstimatorMixin, clone, is_classifier
+    from sklearn.base import BaseEstimator, MetaEstimatorMixin, is_classifier
     from sklearn.linear_model import ElasticNet
     from sklearn.metrics import check_scoring
     from sklearn.model_selection import check_cv
@@ -33,6 +31,7 @@ except ImportError as error:
 from bilevel_solvers.search_estimators import (
     NAMES,
     Prepared,
+    copy_of,
     fitted,
     prepare,
     refit_scaled,
@@ -42,6 +41,10 @@ from bilevel_solvers.search_host import known, suits
 from bilevel_solvers.search_path import SearchPath, Step
 from bilevel_solvers.search_space import SearchSpace, search_space
 
+# What a type checker makes of scikit-learn's sources is wrong in these.
+_VALIDATE: Any = validate_data
+_CHECK_CV: Any = check_cv
+_CHECK_SCORING: Any = check_scoring
 
 SMOOTH = {"r2", "neg_mean_squared_error", "neg_log_loss"}
 """Scores that are the loss itself, or as good as."""
@@ -57,7 +60,7 @@ def _refitted(name: str) -> Callable[[Any], bool]:
     return check
 
 
-class BilevelSearch(MetaEstimatorMixin, BaseEstimator):  # pyright: ignore[reportUntypedBaseClass]
+class BilevelSearch(MetaEstimatorMixin, BaseEstimator):
     """Cross-validated search of alpha, l1_ratio or C, one a model or one a feature.
 
     In the place of `GridSearchCV`, for linear models: the loss of the cross-validation is
@@ -109,7 +112,8 @@ class BilevelSearch(MetaEstimatorMixin, BaseEstimator):  # pyright: ignore[repor
     - `cv_results_`: a row a step: params, param_*, split*_test_score, mean_test_score,
         std_test_score, rank_test_score as of `GridSearchCV`, and loss, gradient_norm,
         gradient_error, inner_iterations, seconds, stage.
-    - `bounds_`: where it searched. `engine_`: which one did. `n_iter_`: steps. `message_`: why it stopped.
+    - `bounds_`: where it searched. `engine_`: which one did. `n_iter_`: steps. `message_`:
+        why the descent stopped.
 
     **Raises:** on `fit`, `TypeError` for another estimator and for sparse X (`toarray()`
     it), `ValueError` for settings under which an estimator minimises something else, and
@@ -141,7 +145,7 @@ class BilevelSearch(MetaEstimatorMixin, BaseEstimator):  # pyright: ignore[repor
         per_feature: bool = False,
         scan: int = 8,
         max_iter: int = 30,
-        polish: int = 8,
+        polish: int = 12,
         tol: float = 1e-8,
         controller: Any = None,
         engine: str = "auto",
@@ -182,12 +186,12 @@ class BilevelSearch(MetaEstimatorMixin, BaseEstimator):  # pyright: ignore[repor
         self._require_settings()
         require_supported(self.estimator)
         features, targets, labels, weight = self._validated(X, y, sample_weight)
-        folds = check_cv(self.cv, targets, classifier=is_classifier(self.estimator))
+        folds = _CHECK_CV(self.cv, targets, classifier=is_classifier(self.estimator))
         splits = [
             (np.asarray(train), np.asarray(test))
             for train, test in folds.split(features, targets, groups)
         ]
-        self.scorer_ = check_scoring(self.estimator, scoring=self.scoring)
+        self.scorer_: Any = _CHECK_SCORING(self.estimator, scoring=self.scoring)
         prepared = prepare(
             self.estimator,
             features,
@@ -219,9 +223,7 @@ class BilevelSearch(MetaEstimatorMixin, BaseEstimator):  # pyright: ignore[repor
                 )
 
         self.engine_ = self._engine(prepared)
-        path = SearchPath(
-            prepared, space, score, self.controller, host=self.engine_ == "numpy"
-        )
+        path = SearchPath(prepared, space, score, self.controller, host=self.engine_ == "numpy")
         smooth = self.scoring in SMOOTH or (self.scoring is None and labels is None)
         tolerance = self._tolerance(features.dtype)
         path.run(self.scan, self.max_iter, tolerance, 0 if smooth else self.polish)
@@ -265,8 +267,6 @@ class BilevelSearch(MetaEstimatorMixin, BaseEstimator):  # pyright: ignore[repor
         tags.estimator_type = inner.estimator_type
         tags.classifier_tags = inner.classifier_tags
         tags.regressor_tags = inner.regressor_tags
-        if tags.regressor_tags is not None:
-            tags.regressor_tags.poor_score = inner.regressor_tags.poor_score
         tags.target_tags.required = True
         tags.input_tags.sparse = False
         return tags
@@ -301,7 +301,7 @@ class BilevelSearch(MetaEstimatorMixin, BaseEstimator):  # pyright: ignore[repor
     ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None, NDArray[Any] | None]:
         """Features, targets, numbers of the classes, and weights."""
         classifier = is_classifier(self.estimator)
-        features, targets = validate_data(
+        features, targets = _VALIDATE(
             self, X, y, dtype=[np.float64, np.float32], y_numeric=not classifier
         )
         weight = None
@@ -313,7 +313,7 @@ class BilevelSearch(MetaEstimatorMixin, BaseEstimator):  # pyright: ignore[repor
             return features, targets, None, weight
         check_classification_targets(targets)
         encoder = LabelEncoder().fit(targets)
-        self.classes_ = encoder.classes_
+        self.classes_: Any = encoder.classes_
         if len(self.classes_) < 2:
             msg = (
                 "BilevelSearch: a classifier needs samples of at least two classes, got only class "
@@ -369,7 +369,7 @@ class BilevelSearch(MetaEstimatorMixin, BaseEstimator):  # pyright: ignore[repor
             values = np.asarray(self.best_params_[space.strength])
             return refit_scaled(self.estimator, space.strength, values, features, targets, weight)
         keywords = {} if weight is None else {"sample_weight": weight}
-        chosen = clone(self.estimator).set_params(**self.best_params_)
+        chosen = copy_of(self.estimator).set_params(**self.best_params_)
         return chosen.fit(features, targets, **keywords)
 
     def _ready(self, X: ArrayLike) -> tuple[Any, NDArray[Any]]:
@@ -377,9 +377,7 @@ class BilevelSearch(MetaEstimatorMixin, BaseEstimator):  # pyright: ignore[repor
         if not hasattr(self, "best_estimator_"):
             msg = "BilevelSearch: nothing was fitted on all samples. Use refit=True."
             raise AttributeError(msg)
-        return self.best_estimator_, validate_data(
-            self, X, reset=False, dtype=[np.float64, np.float32]
-        )
+        return self.best_estimator_, _VALIDATE(self, X, reset=False, dtype=[np.float64, np.float32])
 
     def _call(self, name: str, X: ArrayLike) -> NDArray[Any]:
         model, features = self._ready(X)

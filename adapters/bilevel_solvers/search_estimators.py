@@ -175,7 +175,10 @@ def prepare(
         model,
         intercept,
         outputs,
-        [1.0 if classes is not None else _variance(y, test if relative else None) for _, test in splits],
+        [
+            1.0 if classes is not None else _variance(y, test if relative else None)
+            for _, test in splits
+        ],
     )
     return Prepared(model, data, outputs)
 
@@ -226,6 +229,11 @@ def _require_classes(y: NDArray[Any], classes: NDArray[Any], splits: Sequence[Sp
             raise ValueError(msg)
 
 
+def copy_of(estimator: Any) -> Any:
+    """A clone, of a type that is not known before."""
+    return clone(estimator)
+
+
 def fitted(
     estimator: Any,
     coef: NDArray[Any],
@@ -233,7 +241,7 @@ def fitted(
     classes: NDArray[Any] | None,
 ) -> Any:
     """A clone of an estimator with coefficients found elsewhere, ready to predict."""
-    shell = clone(estimator)
+    shell = copy_of(estimator)
     single = isinstance(estimator, Ridge | Lasso | ElasticNet)
     shell.coef_ = coef[0] if single else coef
     # scikit-learn's own intercepts: a number, or one for each output.
@@ -264,7 +272,7 @@ def refit_scaled(
     common = float(np.exp(np.mean(np.log(values))))
     ratio = values / common if strength == "C" else common / values
     scale = ratio if isinstance(estimator, Lasso) else np.sqrt(ratio)
-    chosen = clone(estimator).set_params(**{strength: common})
+    chosen = copy_of(estimator).set_params(**{strength: common})
     weight = {} if sample_weight is None else {"sample_weight": sample_weight}
     chosen.fit(X * scale, y, **weight)
     chosen.coef_ = chosen.coef_ * scale

@@ -1,4 +1,4 @@
-"""HostFolds: the same hypergradient in NumPy, for searches that are less work than a compilation."""
+"""HostFolds: the hypergradient in NumPy, for searches that are less work than a compilation."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 from scipy.special import expit
-from sklearn.linear_model import enet_path
+from sklearn import linear_model
 
 import bilevel as bl
 from bilevel_solvers.search_estimators import Prepared
@@ -37,6 +37,9 @@ EXACT = 1e-10
 
 Array = NDArray[np.float64]
 
+_DESCENT: Any = linear_model.enet_path
+"""Coordinate descent; what scikit-learn's source lets a type checker see of it is wrong."""
+
 
 class _Penalty(NamedTuple):
     """a and q of every column."""
@@ -63,7 +66,7 @@ class _Loss(NamedTuple):
 
     value: Callable[[Array, Array], Array]
     slope: Callable[[Array, Array], Array]
-    curvature: Callable[[Array, Array], Array]
+    curvature: Callable[[Array, Array], NDArray[Any]]
 
 
 def known(prepared: Prepared) -> bool:
@@ -198,7 +201,7 @@ class HostFolds:
         total = len(rows)
         x, steps, residual, exact = start, 0, np.inf, False
         for tolerance in SWEEP_TOLERANCES:
-            _, coefs, _, counts = enet_path(
+            _, coefs, _, counts = _DESCENT(
                 rows * unit,
                 values,
                 l1_ratio=float(hyper.get("l1_ratio", np.array(1.0))),
@@ -337,7 +340,7 @@ def _loss(model: object) -> _Loss | None:
         return _Loss(
             lambda y, f: np.logaddexp(0.0, f) - y * f,
             lambda y, f: expit(f) - y,
-            lambda y, f: expit(f) * expit(-f),
+            lambda _, f: expit(f) * expit(-f),
         )
     if isinstance(model, SquaredHingeModel):
         return _Loss(
@@ -353,4 +356,3 @@ def _loss(model: object) -> _Loss | None:
             lambda y, f: 2.0 * (np.abs(y - f) > width),
         )
     return None
-

@@ -2,7 +2,7 @@
 
 All of them minimise, over coefficients w of standardised features,
 
-    Σ s ℓ(y, f) + ½ Σ q w² + Σ a |w|,    f = features · w,
+    Σ s loss(y, f) + ½ Σ q w² + Σ a |w|,    f = features · w,
 
 with training weights s that add up to one.  q and a come from scikit-learn's alpha,
 l1_ratio and C.  An intercept without a penalty is centred away where the loss is squared,
@@ -24,16 +24,16 @@ Theta = dict[str, Array]
 
 
 class Shared(NamedTuple):
-    """What all folds have in common.
+    """What all folds have in common, in NumPy or JAX.
 
     - `features`: standardised, with a column for an intercept that is not centred away.
     - `scale`: what each feature was divided by; infinite for an intercept without a penalty.
     - `outputs`: one column a class less one, orthonormal, for the multinomial model.
     """
 
-    features: Float[Array, "n d"]
-    scale: Float[Array, " d"]
-    outputs: Float[Array, "k kminus1"]
+    features: Float[Any, "n d"]
+    scale: Float[Any, " d"]
+    outputs: Float[Any, "k kminus1"]
 
 
 class Fold(NamedTuple):
@@ -49,15 +49,15 @@ class Fold(NamedTuple):
     - `largest`: the largest eigenvalue of the Gram matrix.
     """
 
-    train: Float[Array, " n"]
-    test: Float[Array, " n"]
-    target: Float[Array, " n"]
-    total: Float[Array, ""]
-    mean: Float[Array, " d"]
-    target_mean: Float[Array, ""]
-    gram: Float[Array, "d d"]
-    moment: Float[Array, " d"]
-    largest: Float[Array, ""]
+    train: Float[Any, " n"]
+    test: Float[Any, " n"]
+    target: Float[Any, " n"]
+    total: Float[Any, ""]
+    mean: Float[Any, " d"]
+    target_mean: Float[Any, ""]
+    gram: Float[Any, "d d"]
+    moment: Float[Any, " d"]
+    largest: Float[Any, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +171,7 @@ class RidgeModel(SquaredModel):
 
 @dataclasses.dataclass(frozen=True)
 class ElasticNetModel(SquaredModel):
-    """`Lasso` and `ElasticNet`: ½ Σ s (y - f)² + α (r ‖w‖₁ + ½ (1 - r) ‖w‖²), r = 1 or `l1_ratio`."""
+    """`Lasso`, r = 1, and `ElasticNet`: ½ Σ s (y - f)² + α (r ‖w‖₁ + ½ (1 - r) ‖w‖²)."""
 
     def problem(self, shared: Shared, fold: Fold) -> bl.InnerProblem:
         """A quadratic objective plus the elastic net."""
@@ -188,9 +188,7 @@ class ElasticNetModel(SquaredModel):
 
         penalty = bl.ElasticNet(
             lambda theta: jnp.exp(theta["alpha"]) * ratio(theta) / shared.scale,
-            lambda theta: (
-                jnp.exp(theta["alpha"]) * (1.0 - ratio(theta)) / shared.scale**2 + floor
-            ),
+            lambda theta: jnp.exp(theta["alpha"]) * (1.0 - ratio(theta)) / shared.scale**2 + floor,
         )
         return bl.CompositeMinimization(smooth, penalty, step=1.0 / fold.largest)
 
@@ -201,7 +199,7 @@ class ElasticNetModel(SquaredModel):
 
 @dataclasses.dataclass(frozen=True)
 class InverseModel(LinearModel):
-    """C Σ s ℓ(y, f) + ½ ‖w‖², divided by C Σ s.
+    """C Σ s loss(y, f) + ½ ‖w‖², divided by C Σ s.
 
     - `krylov`: whether the Newton systems are solved by conjugate gradients.
     """

@@ -88,7 +88,8 @@ class HostMultinomial:
         )
 
     def _scores(self, x: Array) -> Array:
-        return (self._features @ x.reshape(len(x), -1)).reshape(-1, *x.shape[1:])
+        scores: Array = self._features @ x.reshape(len(x), -1)
+        return scores.reshape(-1, *x.shape[1:])
 
     def _pull(self, scores: Array) -> Array:
         back = self._transposed @ scores.reshape(len(scores), -1)
@@ -110,14 +111,16 @@ class HostMultinomial:
         reference = np.sqrt(_square(self._pull(self._train * (even - self._right))))
         products = np.zeros(len(self._total), np.int32)
         value = self._objective(x, penalty)
-        for step in range(MOST_STEPS + 1):
+        steps = 0
+        while True:
             scores = self._scores(x)
             probability = np.exp(scores - logsumexp(scores, axis=2, keepdims=True))
             slope = self._pull(self._train * (probability - self._right)) + penalty * x
             norm = np.sqrt(_square(slope))
             open_ = norm > rtol * reference
-            if not open_.any() or step == MOST_STEPS:
+            if not open_.any() or steps == MOST_STEPS:
                 break
+            steps += 1
             # No more digits than the next gradient will have.
             forcing = np.minimum(0.1, np.sqrt(norm / reference))
             forcing = np.maximum(forcing, 0.3 * rtol * reference / np.where(open_, norm, 1.0))
@@ -186,11 +189,13 @@ def _lengths(
     """Armijo's step length for every fold, by halving, 0 where nothing is left to gain."""
     length = np.where(slope > 0, 1.0, 0.0)
     slack = 10 * np.finfo(np.float64).eps * np.abs(value)
-    reached = value
-    for _ in range(HALVINGS):
+    halvings = 0
+    while True:
         reached = objective(x - length[None, :, None] * step)
         enough = (reached <= value - 1e-4 * length * slope + slack) | (length == 0)
         if enough.all():
             return length, reached
+        if halvings == HALVINGS:
+            return np.where(enough, length, 0.0), np.where(enough, reached, value)
         length = np.where(enough, length, 0.5 * length)
-    return np.where(enough, length, 0.0), np.where(enough, reached, value)
+        halvings += 1

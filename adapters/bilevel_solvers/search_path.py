@@ -225,7 +225,7 @@ class SearchPath:
                 start,
                 jac=True,
                 method="L-BFGS-B",
-                bounds=np.stack([low, high], axis=1),
+                bounds=list(zip(low, high, strict=True)),
                 options={
                     "maxiter": most_steps,
                     "maxfun": most_steps,

@@ -1,6 +1,7 @@
 """evaluate: the hypergradient of a cross-validation loss, all folds in one program."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,9 +35,16 @@ def evaluate(
     error is at most the mean of theirs, which it says.
     """
 
+    def outer_loss(fold: Fold) -> Callable[[Array, Theta], Array]:
+        def loss(x: Array, theta: Theta) -> Array:
+            del theta
+            return model.outer_loss(x, shared, fold)
+
+        return loss
+
     def one(x0: Array, guess: Array | None, fold: Fold) -> bl.Hypergradient:
         return bl.hypergradient(
-            lambda x, theta: model.outer_loss(x, shared, fold),
+            outer_loss(fold),
             model.problem(shared, fold),
             theta,
             x0,

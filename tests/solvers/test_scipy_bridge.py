@@ -66,7 +66,9 @@ def test_single_precision_inside_double_outside():
 
 
 def descent(**settings):
-    problem = bl.Minimization(lambda x, theta: 0.5 * jnp.sum(jnp.array([1.0, 0.1]) * (x - theta) ** 2))
+    problem = bl.Minimization(
+        lambda x, theta: 0.5 * jnp.sum(jnp.array([1.0, 0.1]) * (x - theta) ** 2)
+    )
     return scipy_objective(
         lambda x, theta: jnp.sum(x**2),
         problem,
@@ -161,7 +163,9 @@ def test_a_failed_solve_is_an_error_and_leaves_no_trace():
     objective = scipy_objective(lambda x, theta: jnp.sum(x), problem, jnp.ones(2), jnp.zeros(2))
     objective(np.ones(2))
     before = np.asarray(objective.x)
-    with pytest.raises(NonFiniteEvaluationError, match=r"gradient has norm nan.*Primal: NONFINITE") as failed:
+    with pytest.raises(
+        NonFiniteEvaluationError, match=r"gradient has norm nan.*Primal: NONFINITE"
+    ) as failed:
         objective(np.array([1.0, -1.0]))
     assert failed.value.result is not None
     assert len(objective.history) == 1

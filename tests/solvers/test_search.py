@@ -158,7 +158,9 @@ def test_features_are_weighed_in_their_own_units():
     wide = np.hstack([X, np.full((len(X), 1), 7.0), X[:, :1], 1e4 * X[:, 1:2]])
     for estimator in (Ridge(), TIGHT["lasso"]):
         search = BilevelSearch(estimator, cv=3).fit(wide, y)
-        expected = cross_val_score(clone(estimator).set_params(**search.best_params_), wide, y, cv=3)
+        expected = cross_val_score(
+            clone(estimator).set_params(**search.best_params_), wide, y, cv=3
+        )
         np.testing.assert_allclose(search.best_score_, expected.mean(), rtol=1e-5)
 
 
@@ -253,7 +255,9 @@ def test_one_class_in_a_fold_is_named():
 def test_what_cannot_be_searched_is_refused(estimator, settings, error, words):
     X, y = data("ridge")
     with pytest.raises(error, match=words):
-        BilevelSearch(estimator, **settings).fit(X, (y > 100) if hasattr(estimator, "classes") else y)
+        BilevelSearch(estimator, **settings).fit(
+            X, (y > 100) if hasattr(estimator, "classes") else y
+        )
 
 
 def test_sparse_features_are_refused():

@@ -80,7 +80,9 @@ def test_gradient_in_numpy_agrees_with_differences(name):
 
     flat = np.asarray(flat)
     assert np.linalg.norm(gradient(flat)) > 1e-4
-    assert check_grad(value, gradient, flat, epsilon=1e-6) < 1e-5 * (1 + np.linalg.norm(gradient(flat)))
+    assert check_grad(value, gradient, flat, epsilon=1e-6) < 1e-5 * (
+        1 + np.linalg.norm(gradient(flat))
+    )
 
 
 @pytest.mark.parametrize(
