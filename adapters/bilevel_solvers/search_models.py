@@ -101,9 +101,9 @@ class LinearModel(abc.ABC):
         del fold
         return shared.features @ x
 
+    @abc.abstractmethod
     def loss(self, target: Array, scores: Array, shared: Shared) -> Array:
         """The training loss of each sample."""
-        raise NotImplementedError
 
     def test_loss(self, target: Array, scores: Array, shared: Shared) -> Array:
         """The smooth test loss of each sample."""
