@@ -16,6 +16,7 @@ BENCHMARKS = {
     "multigrid": "Poisson by multigrid-preconditioned CG against PyAMG; what a hypergradient costs",
     "growth": "time and memory of a solve and its gradient from 256² to 4096² unknowns",
     "flow": "Navier–Stokes: the published data, a cavity, preconditioned and not",
+    "search": "BilevelSearch against a grid search: score, and time with the first compilation",
     "published": "figures from the literature, reproduced",
 }
 

@@ -45,7 +45,7 @@ def same(printed: str, promised: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["custom.md", "tasks.md", pytest.param("pde.md", marks=pytest.mark.slow)]
+    "page", ["custom.md", "tasks.md", "search.md", pytest.param("pde.md", marks=pytest.mark.slow)]
 )
 def test_code_of_a_page_runs_and_prints_what_it_says(
     page: str,
