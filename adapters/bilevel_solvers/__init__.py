@@ -1,0 +1,9 @@
+"""Other people's solvers behind the inner-solver protocol, each wrapped in one line.
+
+`import bilevel_solvers`; the public names stand in `__init__.pyi`, one line each, and are
+imported when they are used. So is the library behind each of them.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
