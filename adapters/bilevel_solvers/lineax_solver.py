@@ -53,6 +53,8 @@ class LineaxIterative(BlackBox):
         size = STEPS_IN_X * (1.0 + vector.norm(asked.start))
         target = jnp.where(asked.tolerance > 0, asked.tolerance, 1.0)
         factor = vector.unit(size / target).astype(target.dtype)
+        if not _is(self.solver, *ITERATIVE):
+            factor = jnp.ones_like(target)  # in normal equations it would come twice
         operator = problem.operator
         scaled = LinearOperator(
             lambda v: vector.scale(factor, operator.matvec(v)),
@@ -106,8 +108,8 @@ def lineax(solver: Any) -> LineaxIterative | LineaxDirect:
 
     - Iterative ones (`CG`, `BiCGStab`, `GMRES`, `LSMR`, `Normal` of one) have no single step to
         call, so they are black boxes: a run to the cap and the tolerance of the budget, both traced,
-        in place of `max_steps`, `rtol`, `atol` and `norm`.  Their steps are counted as iterations;
-        they do not unroll.
+        in place of `max_steps`, `rtol`, `atol` and `norm`.  Their steps are counted as iterations
+        (a cycle of GMRES as one); they do not unroll.
     - Direct ones (`LU`, `QR`, `SVD`, `Cholesky`, `Diagonal`, `Triangular`, `Tridiagonal`,
         `AutoLinearSolver`, ...) factorise once; an iteration solves with the factors.
 
