@@ -30,10 +30,19 @@ class Assembled:
     `arrays` go to the host, where `csr` makes a matrix (n, n) in double precision of them, in
     flat coordinates.
 
-    **Raises:** `IncompatibleError` for a large operator that has no entries to list.
+    **Raises:** `IncompatibleError` for a large operator that has no entries to list, and for a
+    complex matrix unless `is_complex` ones are welcome.
     """
 
-    def __init__(self, owner: str, operator: LinearOperator, like: PyTree):
+    def __init__(
+        self, owner: str, operator: LinearOperator, like: PyTree, *, is_complex: bool = False
+    ):
+        if operator.matrix is not None and jnp.iscomplexobj(operator.matrix) and not is_complex:
+            msg = (
+                f"{owner} takes real matrices only, got {operator.matrix.dtype}. Use bl.GMRES, or "
+                'scipy_sparse("splu").'
+            )
+            raise IncompatibleError(msg)
         self.csr: Callable[[Any], sp.csr_array]
         self.arrays: Any
         entries = _entries(operator.source)

@@ -29,6 +29,7 @@ class HostRun:
     - `start`: shape (n,), float64. `iterations`: the most to do, at least 1.
     - `target`, `tolerance`: as in `Run`, floats.
     - `functions`: those of the problem by name, from arrays (n,) to NumPy arrays.
+    - `epsilon`: the rounding error of what the functions return.
     - `theta`: the θ with NumPy leaves, where it was asked for.
     """
 
@@ -44,6 +45,7 @@ class HostRun:
         self.target, self.tolerance = float(numbers[1]), float(numbers[2])
         self.functions = functions
         self.theta = theta
+        self.epsilon = 0.0
         self.x = start
         self.count = 0
 
@@ -106,6 +108,7 @@ def call_host(
                 bound |= with_arrays(jax.tree.map(np.asarray, arrays))
             theta = jax.tree.map(np.asarray, theta)
             run = HostRun(start.astype(float), numbers, bound, theta)  # pyright: ignore[reportArgumentType]
+            run.epsilon = float(np.finfo(start.dtype).eps)
             try:
                 x, count = body(run)
             except Enough:
@@ -145,7 +148,7 @@ class _Taken:
 
         def evaluate(*given: Any) -> Any:
             outcome = self._evaluate(arrays, *(np.asarray(v, self._dtype) for v in given))
-            return jax.tree.map(lambda leaf: np.asarray(leaf, float), outcome)
+            return jax.tree.map(lambda leaf: np.array(leaf, float), outcome)  # SciPy writes into it
 
         return evaluate
 

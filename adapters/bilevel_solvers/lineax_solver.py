@@ -113,6 +113,8 @@ def lineax(solver: Any) -> LineaxIterative | LineaxDirect:
     - Direct ones (`LU`, `QR`, `SVD`, `Cholesky`, `Diagonal`, `Triangular`, `Tridiagonal`,
         `AutoLinearSolver`, ...) factorise once; an iteration solves with the factors.
 
+    `LSMR` of lineax 0.1 refuses single precision where JAX has double enabled.
+
     Lineax calls a solution successful that is NaN; here the true residual decides, and such an end
     is `NONFINITE`.
 

@@ -25,14 +25,13 @@ NEVER: dict[str, dict[str, Any]] = {
     "trust-ncg": {"gtol": 0.0},
     "trust-krylov": {"gtol": 0.0},
     "trust-exact": {"gtol": 0.0},
-    "trust-constr": {"gtol": 0.0, "xtol": 0.0},
     "Nelder-Mead": {"xatol": 0.0, "fatol": 0.0, "maxfev": 10**9},
     "Powell": {"xtol": 0.0, "ftol": 0.0, "maxfev": 10**9},
 }
 """The methods, and what keeps each from stopping by a measure of its own."""
 
 WITHOUT_GRADIENT = ("Nelder-Mead", "Powell")
-WITH_PRODUCTS = ("Newton-CG", "trust-ncg", "trust-krylov", "trust-constr")
+WITH_PRODUCTS = ("Newton-CG", "trust-ncg", "trust-krylov")
 WITH_HESSIAN = ("dogleg", "trust-exact")
 
 REACHED = 3 / 8
@@ -112,7 +111,7 @@ def scipy_minimize(method: str = "L-BFGS-B", **options: Any) -> ScipyMinimize:
     **Arguments:**
 
     - `method`: "BFGS", "CG", "L-BFGS-B", "TNC", "SLSQP", "Newton-CG", "dogleg", "trust-ncg",
-        "trust-krylov", "trust-exact", "trust-constr"; "Nelder-Mead" and "Powell" use no
+        "trust-krylov", "trust-exact"; "Nelder-Mead" and "Powell" use no
         gradient, whose norm is evaluated after each iteration all the same. Bounds and
         constraints are not among the options: the solution would not make the gradient vanish.
     - `options`: of the method, such as `maxcor=20`, hashable; without `maxiter`, which the

@@ -55,6 +55,7 @@ class ScipyRoot(BlackBox):
         residual = run.functions["residual"]
         root: Any = scipy.optimize.root
         given = thawed(self.options)
+        options: dict[str, Any]
         if self.method in BY_EVALUATIONS:
             best = [np.inf]
 
@@ -70,7 +71,7 @@ class ScipyRoot(BlackBox):
                     raise Enough
                 return value
 
-            options: dict[str, Any] = {"xtol": 0.0} | given
+            options = {"xtol": 0.0} | given
             jacobian = run.functions["jacobian"]
             result = root(counted, run.start, method=self.method, jac=jacobian, options=options)
             return result.x, run.count
@@ -81,6 +82,8 @@ class ScipyRoot(BlackBox):
         options = {"fatol": run.target, "maxiter": run.iterations, "tol_norm": np.linalg.norm}
         if self.method == "df-sane":
             options = {"fatol": run.target, "ftol": 0.0, "maxfev": 10**9}
+        if self.method == "krylov":
+            options["jac_options"] = {"rdiff": run.epsilon**0.5}
         try:
             # SciPy starts with the Jacobian -1/α: it takes the residual for one that points downhill.
             result = root(

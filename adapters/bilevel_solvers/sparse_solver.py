@@ -1,6 +1,7 @@
 """SciPy's solvers of sparse linear systems: Krylov methods and direct ones, on the host."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -149,23 +150,36 @@ class ScipyDirect(ForeignSolver, Direct):
     def prepare(self, problem: BoundProblem, x: PyTree) -> BoundProblem:
         """Bring the matrix to where it is solved with."""
         assert problem.operator is not None
-        matrix = Assembled(self.title, problem.operator, x)
+        matrix = Assembled(self.title, problem.operator, x, is_complex=True)
         flatten, unflatten = coordinates(x, real=problem.operator.matrix is None)
 
-        def solve(arrays: Any, b: Any) -> np.ndarray:
+        matvec = problem.operator.matvec
+
+        def solve(arrays: Any, b: Any, *, transposed: bool) -> np.ndarray:
             b = np.asarray(b)
             csr = matrix.csr(jax.tree.map(np.asarray, arrays))
             if not (np.isfinite(csr.data).all() and np.isfinite(b).all()):
                 return np.full(b.shape, np.nan, b.dtype)
-            return self._solved(csr, b).astype(b.dtype)
+            return self._solved(csr.T if transposed else csr, b).astype(b.dtype)
 
-        def precondition(v: PyTree) -> PyTree:
+        def called(v: PyTree, *, transposed: bool) -> PyTree:
             flat: Array = flatten(v)
-            shape = jax.ShapeDtypeStruct(flat.shape, flat.dtype)
             solved = jax.pure_callback(
-                solve, shape, matrix.arrays, flat, vmap_method="sequential"
+                functools.partial(solve, transposed=transposed),
+                jax.ShapeDtypeStruct(flat.shape, flat.dtype),
+                matrix.arrays,
+                flat,
+                vmap_method="sequential",
             )
             return unflatten(solved)
+
+        def precondition(v: PyTree) -> PyTree:
+            return jax.lax.custom_linear_solve(
+                matvec,
+                v,
+                solve=lambda _, b: called(b, transposed=False),
+                transpose_solve=lambda _, b: called(b, transposed=True),
+            )
 
         return dataclasses.replace(problem, precondition=precondition)
 
