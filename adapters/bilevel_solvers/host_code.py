@@ -101,13 +101,12 @@ def call_host(
         with jax.enable_x64(double), np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what became of it, the status says
             bound: dict[str, Callable[..., Any]] = {
-                name: function.bound(captured[name])
-                for name, function in taken.items()
+                name: function.bound(captured[name]) for name, function in taken.items()
             }
             if with_arrays is not None:
                 bound |= with_arrays(jax.tree.map(np.asarray, arrays))
             theta = jax.tree.map(np.asarray, theta)
-            run = HostRun(start.astype(float), numbers, bound, theta)  # pyright: ignore[reportArgumentType]
+            run = HostRun(start.astype(float), numbers, bound, theta)
             run.epsilon = float(np.finfo(start.dtype).eps)
             try:
                 x, count = body(run)

@@ -70,7 +70,8 @@ def flatten(x: PyTree) -> np.ndarray:
     array([1., 2., 3.])
     """
     parts: list[np.ndarray] = []
-    for leaf in map(np.asarray, jax.tree.leaves(x)):
+    leaves: list[Any] = [np.asarray(leaf) for leaf in jax.tree.leaves(x)]
+    for leaf in leaves:
         parts.append(np.ravel(leaf.real))
         if np.iscomplexobj(leaf):
             parts.append(np.ravel(leaf.imag))
@@ -183,7 +184,8 @@ def checked(owner: str, x: Any, like: PyTree) -> np.ndarray:
             msg = f"{owner} must return x of real or complex numbers like x0, got {leaf.dtype}."
             raise TypeError(msg)
     wide = [
-        leaf if is_real else leaf.astype(complex) for leaf, is_real in zip(leaves, real, strict=True)
+        leaf if is_real else leaf.astype(complex)
+        for leaf, is_real in zip(leaves, real, strict=True)
     ]
     return flatten(wide)
 

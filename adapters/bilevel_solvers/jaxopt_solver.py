@@ -134,7 +134,7 @@ class JaxoptSolver(ForeignSolver):
 
     def _made(self, fields: dict[str, Any], *, unroll: bool) -> Any:
         given = dict(self.settings) | self.arrays
-        known = {field.name for field in dataclasses.fields(self.kind)}  # pyright: ignore[reportArgumentType]
+        known = {field.name for field in dataclasses.fields(self.kind)}
         given |= {"unroll": unroll} if "unroll" in known else {}
         if self.inside is not None:
             return self.kind(**given, solver=self.inside._made(fields, unroll=unroll))
@@ -230,7 +230,7 @@ def _made_of(kind: Any, settings: dict[str, Any], inside: JaxoptSolver | None) -
     functions = () if inside is not None else family_of(kind).functions
     if "has_aux" in settings or "value_and_grad" in settings:
         # The problem's function returns a value and nothing else.
-        settings = settings | {name: False for name in ("has_aux", "value_and_grad")}
+        settings = settings | dict.fromkeys(("has_aux", "value_and_grad"), False)
         names = {field.name for field in dataclasses.fields(kind)}
         settings = {name: value for name, value in settings.items() if name in names}
     kept = {

@@ -107,8 +107,8 @@ def lineax(solver: Any) -> LineaxIterative | LineaxDirect:
     """A linear solver of lineax as an inner solver, for a linear system or its adjoint.
 
     - Iterative ones (`CG`, `BiCGStab`, `GMRES`, `LSMR`, `Normal` of one) have no single step to
-        call, so they are black boxes: a run to the cap and the tolerance of the budget, both traced,
-        in place of `max_steps`, `rtol`, `atol` and `norm`.  Their steps are counted as iterations
+        call, so they are black boxes: a run to the cap and the tolerance of the budget, traced, in
+        place of `max_steps`, `rtol`, `atol` and `norm`.  Their steps are counted as iterations
         (a cycle of GMRES as one); they do not unroll.
     - Direct ones (`LU`, `QR`, `SVD`, `Cholesky`, `Diagonal`, `Triangular`, `Tridiagonal`,
         `AutoLinearSolver`, ...) factorise once; an iteration solves with the factors.

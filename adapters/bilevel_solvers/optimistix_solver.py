@@ -25,7 +25,7 @@ KINDS = {
 
 
 BY_COMPARISON = ("Bisection", "NelderMead", "GoldenSearch")
-"""Their iterates move by comparisons alone: their derivative is a zero that the solution's is not."""
+"""They move by comparisons alone: their derivative is a zero that the solution's is not."""
 
 
 class _Held:
@@ -131,7 +131,9 @@ class OptimistixSolver(ForeignSolver):
         names = ("symmetric_tag", "positive_semidefinite_tag")
         if self.kind != "AbstractRootFinder":
             return frozenset()
-        return frozenset(getattr(tags, name) for name, is_so in zip(names, known, strict=True) if is_so)
+        return frozenset(
+            getattr(tags, name) for name, is_so in zip(names, known, strict=True) if is_so
+        )
 
 
 def optimistix(solver: Any, **options: Any) -> OptimistixSolver:

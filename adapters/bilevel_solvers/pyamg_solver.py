@@ -91,8 +91,8 @@ def pyamg(
     """Algebraic multigrid of PyAMG as an inner solver, for a linear system or its adjoint.
 
     A black box on the host: the hierarchy is made of the matrix at hand, anew for every run, and
-    cycled to the cap and the residual norm of the budget, both traced.  A cycle is an iteration.  It
-    does not unroll; `bilevel_pde.AlgebraicMultigrid` cycles in JAX.  The matrix is that of
+    cycled to the cap and the residual norm of the budget, both traced.  A cycle is an iteration.
+    It does not unroll; `bilevel_pde.AlgebraicMultigrid` cycles in JAX.  The matrix is that of
     `bl.LinearSystem`, dense or of `bilevel_pde` (`from_scipy` makes one of a SciPy matrix).
 
     **Arguments:**
@@ -110,7 +110,9 @@ def pyamg(
     >>> line = sp.diags_array([-1.0, 2.0, -1.0], offsets=[-1, 0, 1], shape=(100, 100))
     >>> problem = bl.LinearSystem(pde.from_scipy(line), jnp.ones(100))
     >>> solver = bilevel_solvers.pyamg("ruge_stuben_solver")
-    >>> solution = bl.solve(problem, None, jnp.zeros(100), solver=solver, budget=bl.Budget(rtol=1e-3))
+    >>> solution = bl.solve(
+    ...     problem, None, jnp.zeros(100), solver=solver, budget=bl.Budget(rtol=1e-3)
+    ... )
     >>> round(float(solution.value.max())), int(solution.iterations) < 10
     (1275, True)
     """

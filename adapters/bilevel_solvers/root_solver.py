@@ -85,7 +85,7 @@ class ScipyRoot(BlackBox):
         if self.method == "krylov":
             options["jac_options"] = {"rdiff": run.epsilon**0.5}
         try:
-            # SciPy starts with the Jacobian -1/α: it takes the residual for one that points downhill.
+            # SciPy starts with the Jacobian -1/α: the residual it has in mind points downhill.
             result = root(
                 lambda x: -residual(x),
                 run.start,
@@ -104,8 +104,8 @@ def scipy_root(method: str = "hybr", **options: Any) -> ScipyRoot:
     """`scipy.optimize.root` as an inner solver: a black box on the host.
 
     The residual, and the dense Jacobian of "hybr" and "lm", come from JAX.  The cap of the budget
-    is traced and kept exactly, and a run ends at the residual norm that the budget asks for.  It works
-    under jit and vmap, one sample after another, in double precision, and does not unroll: use
+    is traced and kept exactly, and a run ends at the residual norm that the budget asks for.  It
+    works under jit and vmap, one sample after another, in double precision, and does not unroll: use
     `Implicit`.
 
     **Arguments:**

@@ -30,12 +30,16 @@ DIRECT = ("spsolve", "splu")
 
 
 class ScipyKrylov(BlackBox):
-    """A Krylov method of SciPy; made by [`scipy_sparse`][]."""
+    """A Krylov method of SciPy; made by [`scipy_sparse`][].
+
+    - `approximate`: matrix -> a preconditioner. It is made on the host and no function of
+        vectors, which is what the core calls by that name.
+    """
 
     linear_adjoint: ClassVar[bool] = True
 
     method: str = eqx.field(static=True)
-    preconditioner: Callable[[Any], Any] | None = eqx.field(static=True, default=None)
+    approximate: Callable[[Any], Any] | None = eqx.field(static=True, default=None)
     options: tuple[tuple[str, Any], ...] = eqx.field(static=True, default=())
 
     @property
@@ -53,7 +57,7 @@ class ScipyKrylov(BlackBox):
         operator = problem.operator
         assert operator is not None
         flat = FlatProblem(problem, asked.start)
-        needed = self.preconditioner is not None or self.method in WITH_TRANSPOSE
+        needed = self.approximate is not None or self.method in WITH_TRANSPOSE
         if needed or has_entries(operator):
             matrix = Assembled(self.title, operator, asked.start)
             return call_host(
@@ -70,7 +74,7 @@ class ScipyKrylov(BlackBox):
     def _assembled(self, run: HostRun) -> tuple[Any, int]:
         matrix = run.functions["matrix"]()
         rhs = -run.functions["residual"](np.zeros_like(run.start))
-        preconditioner = None if self.preconditioner is None else self.preconditioner(matrix)
+        preconditioner = None if self.approximate is None else self.approximate(matrix)
         return self._solve(run, matrix, rhs, preconditioner)
 
     def _matrix_free(self, run: HostRun) -> tuple[Any, int]:
@@ -78,7 +82,9 @@ class ScipyKrylov(BlackBox):
         rhs = -run.functions["residual"](np.zeros_like(run.start))
         product, size = run.functions["product"], run.start.size
         operator: Any = scipy.sparse.linalg.LinearOperator
-        matvec = operator((size, size), matvec=lambda v: product(run.start, np.ravel(v)), dtype=float)
+        matvec = operator(
+            (size, size), matvec=lambda v: product(run.start, np.ravel(v)), dtype=float
+        )
         return self._solve(run, matvec, rhs, None)
 
     def _solve(self, run: HostRun, matrix: Any, rhs: Any, preconditioner: Any) -> tuple[Any, int]:
@@ -183,7 +189,7 @@ class ScipyDirect(ForeignSolver, Direct):
 
         return dataclasses.replace(problem, precondition=precondition)
 
-    def _solved(self, csr: sp.csr_array, b: np.ndarray) -> np.ndarray:
+    def _solved(self, csr: Any, b: np.ndarray) -> np.ndarray:
         try:
             # SuperLU says "exactly singular" by an error; spsolve would warn, and return NaN.
             factors = scipy.sparse.linalg.splu(sp.csc_array(csr), **thawed(self.options))
@@ -235,7 +241,7 @@ def scipy_sparse(
     if method in KRYLOV:
         if preconditioner is not None:
             check_callable("scipy_sparse", "preconditioner", preconditioner, ("matrix",))
-        return ScipyKrylov(method=method, preconditioner=preconditioner, options=kept)
+        return ScipyKrylov(method=method, approximate=preconditioner, options=kept)
     if preconditioner is not None:
         msg = f"scipy_sparse: {method!r} is direct and takes no preconditioner. Leave it out."
         raise ValueError(msg)

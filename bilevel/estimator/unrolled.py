@@ -16,6 +16,7 @@ from bilevel.forward_only import forward_only
 from bilevel.perturbation import with_derivative_of
 from bilevel.reverse_only import reverse_only
 from bilevel.solution import Solution
+from bilevel.solver.base import IncompatibleError, InnerSolver
 from bilevel.solver.checkpointing import (
     Layout,
     Linearization,
@@ -26,7 +27,6 @@ from bilevel.solver.checkpointing import (
     linearize,
     write,
 )
-from bilevel.solver.base import IncompatibleError, InnerSolver
 from bilevel.solver.iteration import Iteration, begin, close_iteration
 from bilevel.solver.loop import Recorder, drive
 from bilevel.solver.parameter import whole

@@ -185,6 +185,42 @@ def test_the_rate_of_a_run_is_its_mean_one():
     assert float(solution.rate) == pytest.approx(mean, rel=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ProjectedGradient", "LBFGSB"])
+def test_a_penalty_is_not_taken_for_a_constraint(name):
+    solver = bs.jaxopt(getattr(jaxopt, name))
+    problem, theta, x0 = PROBLEMS["sparse"]
+    solution = bl.solve(problem, theta, x0, solver=solver, budget=bl.Budget(iterations=5))
+    assert int(solution.status) == bl.Status.BREAKDOWN
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: bs.jaxopt(jaxopt.Bisection, lower=-4.0, upper=4.0), "one root"),
+        (
+            lambda: bs.optimistix(optimistix.Bisection(1e-9, 1e-9), lower=-4.0, upper=4.0),
+            "one root",
+        ),
+        (lambda: bs.optimistix(optimistix.NelderMead(1e-9, 1e-9)), "minimum"),
+    ],
+)
+def test_iterates_that_move_by_comparisons_have_no_derivative_rather_than_zero(make, kind):
+    unrolled = {"estimator": bl.Unrolled(max_iterations=8), "budget": bl.Budget(iterations=3)}
+    problem, theta, x0 = PROBLEMS[kind]
+    _, gradient = solved(problem, make(), theta, x0, **unrolled)
+    assert np.isnan(gradient).all()
+
+
+@pytest.mark.slow
+def test_a_solver_that_reverse_mode_does_not_go_through_says_so():
+    problem, theta, x0 = PROBLEMS["box"]
+    unrolled = {"estimator": bl.Unrolled(max_iterations=8), "budget": bl.Budget(iterations=3)}
+    with pytest.raises(TypeError, match=r"LBFGSB.*Use Implicit"):
+        solved(problem, bs.jaxopt(jaxopt.LBFGSB), theta, x0, **unrolled)
+
+
 def test_an_unknown_theta_is_asked_for():
     class Own(bl.InnerProblem):
         def residual(self, x, theta):
@@ -211,7 +247,7 @@ def test_an_unknown_theta_is_asked_for():
         (lambda: bs.optimistix(optimistix.BFGS(1e-6, 1e-6)), ROOT, r"optimistix\.BFGS cannot"),
         (lambda: bs.scipy_minimize("BFGS"), ROOT, r"scipy_minimize\('BFGS'\) cannot"),
         (lambda: bs.lineax(lineax.LU()), ROOT, r"lineax\.LU cannot"),
-        (lambda: bs.pyamg(), MINIMUM, "pyamg.* cannot"),
+        (bs.pyamg, MINIMUM, "pyamg.* cannot"),
     ],
 )
 def test_a_wrong_pairing_is_refused_under_the_librarys_name(make, problem, said):
@@ -255,7 +291,7 @@ def test_bad_arguments_are_named(make, error, said):
         ("jaxopt", "jaxopt", lambda: bs.jaxopt(3)),
         ("optimistix", "optimistix", lambda: bs.optimistix(3)),
         ("lineax", "lineax", lambda: bs.lineax(3)),
-        ("pyamg", "pyamg", lambda: bs.pyamg()),
+        ("pyamg", "pyamg", bs.pyamg),
         ("sklearn", "scikit-learn", lambda: bs.sklearn(3, 0, 0, solution=coefficients)),
     ],
 )
