@@ -20,6 +20,9 @@ STALLED = 0.5
 TIGHTER = 1e-2
 """What the tolerance of each further run is multiplied by: a library's norm may be another."""
 
+ROUNDINGS = 10.0
+"""Roots of rounding, relative to the scale, that may be left: of a minimum one sees no more."""
+
 
 class Run(eqx.Module):
     """What a run is asked for.
@@ -109,7 +112,7 @@ class BlackBox(ForeignSolver):
         x, iterations = jax.lax.cond(
             stalled, lambda: (state.x, jnp.int32(0)), lambda: self._counted(problem, asked)
         )
-        small = norm <= vector.epsilon(residual) ** 0.5 * scale
+        small = norm <= ROUNDINGS * vector.epsilon(residual) ** 0.5 * scale
         reason = jnp.where(small, jnp.int32(Status.ROUNDING), jnp.int32(Status.STOPPED))
         return BlackBoxState(
             x=x,

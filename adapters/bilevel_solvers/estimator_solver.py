@@ -49,8 +49,8 @@ class SklearnEstimator(BlackBox):
         if problem.theta is None:
             msg = (
                 f"{self.title} cannot solve this {problem.name}: the estimator's parameters come "
-                "from theta, and the problem does not tell it. Let the problem's at(theta) return a "
-                "BoundProblem with theta=theta, and theta not be None."
+                "from theta, and the problem does not tell it. Let the problem's at(theta) return "
+                "a BoundProblem with theta=theta, and theta not be None."
             )
             raise IncompatibleError(msg)
 

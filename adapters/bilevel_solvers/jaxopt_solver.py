@@ -28,8 +28,8 @@ WITH_GRADIENT = frozenset({"LBFGS", "BFGS", "NonlinearCG"})
 
 
 _NO_REVERSE = (
-    "Unrolled: jaxopt.LBFGSB has loops that reverse mode does not go through, whatever its settings. "
-    "Use Implicit, or jaxopt.ProjectedGradient."
+    "Unrolled: jaxopt.LBFGSB has loops that reverse mode does not go through, whatever its "
+    "settings. Use Implicit, or jaxopt.ProjectedGradient."
 )
 
 
@@ -130,14 +130,15 @@ class JaxoptSolver(ForeignSolver):
     def _told(self, problem: BoundProblem, x: PyTree, *, unroll: bool) -> tuple[Any, Any]:
         """The solver for this problem, and what its methods are called with after x."""
         fields, arguments = self.family.tell(problem, x)
-        return self._made(fields, unroll=unroll), arguments
+        return self.made(fields, unroll=unroll), arguments
 
-    def _made(self, fields: dict[str, Any], *, unroll: bool) -> Any:
+    def made(self, fields: dict[str, Any], *, unroll: bool) -> Any:
+        """A solver of jaxopt with these fields and the settings."""
         given = dict(self.settings) | self.arrays
         known = {field.name for field in dataclasses.fields(self.kind)}
         given |= {"unroll": unroll} if "unroll" in known else {}
         if self.inside is not None:
-            return self.kind(**given, solver=self.inside._made(fields, unroll=unroll))
+            return self.kind(**given, solver=self.inside.made(fields, unroll=unroll))
         return self.kind(**given, **fields)
 
     def _is(self, *names: str) -> bool:
@@ -167,8 +168,8 @@ def jaxopt(solver: Any, /, **settings: Any) -> JaxoptSolver:
     """An iterative solver of jaxopt as an inner solver.
 
     Its `update` is the step: the loop of `bl.solve` drives it to a traced budget and confirms on
-    the true residual, so it unrolls, is counted and never compiles anew.  Its own `run`, and with it
-    `maxiter`, `tol`, `implicit_diff`, `jit` and `unroll`, is not used; nor is the function that
+    the true residual, so it unrolls, is counted and never compiles anew.  Its own `run`, and with
+    it `maxiter`, `tol`, `implicit_diff`, `jit` and `unroll`, is not used; nor is the function that
     it was made with, for the inner problem says what is solved:
 
     - a `bl.Minimization`: `GradientDescent`, `LBFGS`, `BFGS`, `NonlinearCG`, `PolyakSGD`,

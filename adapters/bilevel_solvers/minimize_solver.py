@@ -102,11 +102,11 @@ def scipy_minimize(method: str = "L-BFGS-B", **options: Any) -> ScipyMinimize:
 
     Gradients, and where a method takes them Hessian products or Hessians, come from JAX.  The cap
     of the budget is traced and kept exactly, in the method's own iterations, and a run ends when
-    the Euclidean norm of the gradient is what the budget asks for, whatever the method's own measures
-    are.  A line search compares values of the objective, which rounding blurs when the gradient is
-    about 1e-8 of the first: there most methods stop with `ROUNDING`, and the default tolerance is
-    1e-6.  It works under jit and vmap, one sample after another, in SciPy's double precision, and
-    does not unroll: use `Implicit`.
+    the Euclidean norm of the gradient is what the budget asks for, whatever the method measures
+    itself.  A line search compares values of the objective, which rounding blurs when the gradient
+    is about 1e-8 of the first: there most methods stop with `ROUNDING`, and the default tolerance
+    is 1e-6.  It works under jit and vmap, one sample after another, in SciPy's double precision,
+    and does not unroll: use `Implicit`.
 
     **Arguments:**
 

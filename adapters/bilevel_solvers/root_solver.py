@@ -105,8 +105,8 @@ def scipy_root(method: str = "hybr", **options: Any) -> ScipyRoot:
 
     The residual, and the dense Jacobian of "hybr" and "lm", come from JAX.  The cap of the budget
     is traced and kept exactly, and a run ends at the residual norm that the budget asks for.  It
-    works under jit and vmap, one sample after another, in double precision, and does not unroll: use
-    `Implicit`.
+    works under jit and vmap, one sample after another, in double precision, and does not unroll:
+    use `Implicit`.
 
     **Arguments:**
 

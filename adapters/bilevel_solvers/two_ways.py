@@ -35,6 +35,8 @@ def evaluated_as(fast: Callable[[Any], V], slow: Callable[[Any], V], argument: P
 
     @jax.custom_jvp
     def known(arrays: Any, argument: Any) -> Any:
+        # JAX hands constants over as Python numbers.
+        arrays, argument = jax.tree.map(jnp.asarray, (arrays, argument))
         return eqx.combine(arrays, static)[0](argument)
 
     def rule(primals: Any, tangents: Any) -> Any:
@@ -44,7 +46,7 @@ def evaluated_as(fast: Callable[[Any], V], slow: Callable[[Any], V], argument: P
             return outcome, jax.tree.map(_nothing, outcome)
 
         def evaluated(inputs: Any) -> Any:
-            arrays, argument = inputs
+            arrays, argument = jax.tree.map(jnp.asarray, inputs)
             return eqx.combine(arrays, static)[1](argument)
 
         return outcome, along(evaluated, primals, tangents)

@@ -200,7 +200,7 @@ def test_a_penalty_is_not_taken_for_a_constraint(name):
     [
         (lambda: bs.jaxopt(jaxopt.Bisection, lower=-4.0, upper=4.0), "one root"),
         (
-            lambda: bs.optimistix(optimistix.Bisection(1e-9, 1e-9), lower=-4.0, upper=4.0),
+            lambda: bs.optimistix(optimistix.Bisection(1e-9, 1e-9), lower=-4, upper=4),
             "one root",
         ),
         (lambda: bs.optimistix(optimistix.NelderMead(1e-9, 1e-9)), "minimum"),
