@@ -104,8 +104,9 @@ class JaxoptSolver(ForeignSolver):
         else:
             x, inner = updated(pair, unroll=False)
         if self._is("Bisection"):
-            # Its ends move by signs alone: their derivative is a zero that the root's is not.
-            x = with_derivative_of(x, x, jnp.full((), jnp.nan, x.dtype))
+            # Its ends move by signs alone: their derivative is a zero that the root's is not. The
+            # residual depends on θ, so that NaN comes through.
+            x = with_derivative_of(x, residual, jnp.full((), jnp.nan, x.dtype))
         return JaxoptState(x, inner, self._status(problem, state, residual, x, inner))
 
     def residual(self, problem: BoundProblem, state: JaxoptState) -> PyTree:

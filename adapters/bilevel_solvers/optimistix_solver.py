@@ -13,7 +13,7 @@ from bilevel.perturbation import with_derivative_of
 from bilevel.signature import brief
 from bilevel_solvers.foreign import ForeignSolver
 from bilevel_solvers.library import load, origin
-from bilevel_solvers.single_precision import defaults_of
+from bilevel_solvers.single_precision import defaults_of, in_precision_of
 
 KINDS = {
     "AbstractMinimiser": "objective",
@@ -73,10 +73,11 @@ class OptimistixSolver(ForeignSolver):
 
     def init(self, problem: BoundProblem, x: PyTree) -> OptimistixState:
         """Optimistix' first state."""
+        solver = in_precision_of(x, self.solver)
         with defaults_of(x):
             function = self._function(problem)
             shape = jax.eval_shape(lambda x: function(x, None)[0], x)
-            first = self.solver.init(
+            first = solver.init(
                 function, x, None, dict(self.options), shape, None, self._tags(problem)
             )
         arrays, rest = eqx.partition(first, eqx.is_array)
@@ -86,12 +87,12 @@ class OptimistixSolver(ForeignSolver):
         self, problem: BoundProblem, state: OptimistixState, residual: PyTree
     ) -> OptimistixState:
         """One step."""
-        del residual
 
         def stepped(pair: Any) -> Any:
             x, arrays = pair
+            solver = in_precision_of(x, self.solver)
             with defaults_of(x):
-                x, after, _ = self.solver.step(
+                x, after, _ = solver.step(
                     self._function(problem),
                     x,
                     None,
@@ -104,7 +105,7 @@ class OptimistixSolver(ForeignSolver):
 
         x, arrays = stepped((state.x, state.arrays))
         if self._is(*BY_COMPARISON):
-            x = with_derivative_of(x, x, jnp.full((), jnp.nan, vector.real_dtype(x)))
+            x = with_derivative_of(x, residual, jnp.full((), jnp.nan, vector.real_dtype(x)))
         return OptimistixState(x, arrays, state.rest)
 
     def applications(self, state: OptimistixState, iterations: Array) -> Array:

@@ -132,7 +132,7 @@ class InnerSolver(eqx.Module):
     def done(self, state: PyTree) -> Int[Array, ""]:
         """Iterations that a `black_box` did since `init`; nobody asks another solver."""
         msg = f"{type(self).__name__}: a black_box must count its iterations. Define done(state)."
-        raise NotImplementedError(msg)
+        raise TypeError(msg)
 
     def applications(self, state: PyTree, iterations: Int[Array, ""]) -> Int[Array, ""]:
         """How often the residual or operator was applied in so many iterations."""

@@ -36,7 +36,7 @@ def central_difference(row, budget):
 
 @pytest.mark.parametrize("row", rows())
 def test_passes_the_conformance_kit(row):
-    check_inner_solver(row.solver, *PROBLEMS[row.kind])
+    check_inner_solver(row.solver, *PROBLEMS[row.kind], budget=row.budget)
 
 
 @pytest.mark.parametrize("row", rows())
@@ -49,7 +49,7 @@ def test_implicit_gradient_is_that_of_the_solution(row):
 
     expected = jax.grad(loss)(theta)
     # As far as the primal's default tolerance, 1e-6 for SciPy's minimisers, allows.
-    np.testing.assert_allclose(gradient(row, bl.Implicit()), expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient(row, bl.Implicit(), budget=row.budget), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("row", rows(lambda row: row.unrolls))
