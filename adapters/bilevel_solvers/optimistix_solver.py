@@ -5,12 +5,14 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from bilevel import vector
 from bilevel.bound import BoundProblem
 from bilevel.perturbation import with_derivative_of
 from bilevel.signature import brief
+from bilevel.status import Status
+from bilevel_solvers.black_box import ROUNDINGS
 from bilevel_solvers.foreign import ForeignSolver
 from bilevel_solvers.library import load, origin
 from bilevel_solvers.single_precision import defaults_of, in_precision_of
@@ -28,6 +30,10 @@ BY_COMPARISON = ("Bisection", "NelderMead", "GoldenSearch")
 """They move by comparisons alone: their derivative is a zero that the solution's is not."""
 
 
+PATIENCE = 60
+"""Trials in a row, each shorter than the one before, that may be rejected."""
+
+
 class _Held:
     """What of a state is no array (structures, traced functions), the same at every step."""
 
@@ -36,10 +42,15 @@ class _Held:
 
 
 class OptimistixState(eqx.Module):
-    """Iterate, and optimistix' own state: its arrays, and what of it is none."""
+    """Iterate, and optimistix' own state: its arrays, and what of it is none.
+
+    `still`: steps in a row that were rejected. `status`: why to stop, if at all.
+    """
 
     x: PyTree
     arrays: Any
+    still: Int[Array, ""]
+    status: Int[Array, ""]
     rest: _Held = eqx.field(static=True)
 
 
@@ -81,7 +92,8 @@ class OptimistixSolver(ForeignSolver):
                 function, x, None, dict(self.options), shape, None, self._tags(problem)
             )
         arrays, rest = eqx.partition(first, eqx.is_array)
-        return OptimistixState(x, jax.tree.map(_strong, arrays), _Held(rest))
+        fine = jnp.int32(Status.CONVERGED)
+        return OptimistixState(x, jax.tree.map(_strong, arrays), jnp.int32(0), fine, _Held(rest))
 
     def step(
         self, problem: BoundProblem, state: OptimistixState, residual: PyTree
@@ -106,7 +118,19 @@ class OptimistixSolver(ForeignSolver):
         x, arrays = stepped((state.x, state.arrays))
         if self._is(*BY_COMPARISON):
             x = with_derivative_of(x, residual, jnp.full((), jnp.nan, vector.real_dtype(x)))
-        return OptimistixState(x, arrays, state.rest)
+        before, after, left = jax.lax.stop_gradient((state.x, x, residual))
+        moved = vector.norm(vector.subtract(after, before)) > 0
+        still = jnp.where(moved, 0, state.still + 1).astype(jnp.int32)
+        norm = vector.norm(left)
+        scale = norm if problem.scale is None else problem.scale
+        small = norm <= ROUNDINGS * vector.epsilon(x) ** 0.5 * scale
+        reason = jnp.where(small, jnp.int32(Status.ROUNDING), jnp.int32(Status.STOPPED))
+        status = jnp.where(still >= PATIENCE, reason, state.status)
+        return OptimistixState(x, arrays, still, status, state.rest)
+
+    def failure(self, state: OptimistixState) -> Int[Array, ""]:
+        """`ROUNDING` or `STOPPED` once trial after trial was rejected."""
+        return state.status
 
     def applications(self, state: OptimistixState, iterations: Array) -> Array:
         """A function value or its linearisation in each step, and the loop's own residuals."""

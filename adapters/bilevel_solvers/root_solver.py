@@ -26,6 +26,9 @@ BY_ITERATIONS = (
     "df-sane",
 )
 
+TRIALS = 100
+"""Evaluations in one iteration of "df-sane" that halve its step to nothing."""
+
 GAVE_UP = ("infs or NaNs", "Jacobian inversion yielded zero vector")
 """How SciPy's own methods end where they break down; the residual says how far they got."""
 
@@ -76,7 +79,17 @@ class ScipyRoot(BlackBox):
             result = root(counted, run.start, method=self.method, jac=jacobian, options=options)
             return result.x, run.count
 
+        tried = [0]
+
+        def downhill(x: Any) -> Any:
+            # The line search of "df-sane" has no end where nothing is left to gain.
+            tried[0] += 1
+            if self.method == "df-sane" and tried[0] > TRIALS:
+                raise Enough
+            return -residual(x)
+
         def progress(x: Any, value: Any) -> None:
+            tried[0] = 0
             run.progress(x, float(np.linalg.norm(value)))
 
         options = {"fatol": run.target, "maxiter": run.iterations, "tol_norm": np.linalg.norm}
@@ -87,7 +100,7 @@ class ScipyRoot(BlackBox):
         try:
             # SciPy starts with the Jacobian -1/α: the residual it has in mind points downhill.
             result = root(
-                lambda x: -residual(x),
+                downhill,
                 run.start,
                 method=self.method,
                 callback=progress,
