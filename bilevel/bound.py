@@ -27,6 +27,9 @@ class BoundProblem:
     - `precondition`: v -> M⁻¹ v, set by solvers that were given a preconditioner.
     - `target`: the residual norm at which the caller will stop, for solvers whose
         iteration is a cycle of smaller ones; `None` where nobody said.
+    - `scale`, `cap`: the residual norm that relative tolerances refer to, and the most
+        iterations that the caller will do; `theta`: the θ. For solvers whose step is a whole
+        run of somebody else's code; `None` where nobody said.
     - `near`: x -> what preconditioners find as the source of N at x: an object that knows
         the structure of an operator near N, where N itself has none to show.
     """
@@ -43,6 +46,9 @@ class BoundProblem:
     matrix_free: bool = False
     precondition: Callable[[Any], Any] | None = None
     target: Array | None = None
+    scale: Array | None = None
+    cap: Array | None = None
+    theta: PyTree | None = None
     near: Callable[[Any], Any] | None = None
 
     def linearize(self, x: PyTree) -> LinearOperator:

@@ -92,6 +92,7 @@ class CompositeMinimization(InnerProblem):
 
         return BoundProblem(
             name=type(self).__name__,
+            theta=theta,
             residual=lambda x: vector.subtract(mapping(x), x),
             mapping=mapping,
             proximal=lambda x: self.parts(theta, x),

@@ -61,6 +61,7 @@ class InnerProblem(eqx.Module):
         """The problem at one θ, as solvers see it."""
         return BoundProblem(
             name=type(self).__name__,
+            theta=theta,
             residual=lambda x: vector.negative(self.residual(x, theta)),
             symmetric=getattr(self, "symmetric", None),
             positive_definite=getattr(self, "positive_definite", None),
@@ -114,6 +115,7 @@ class Minimization(InnerProblem):
         """The problem at one θ, as solvers see it."""
         return BoundProblem(
             name=type(self).__name__,
+            theta=theta,
             residual=lambda x: vector.negative(self.residual(x, theta)),
             objective=lambda x: self._scalar(x, theta),
             symmetric=True,
@@ -188,6 +190,7 @@ class FixedPoint(InnerProblem):
         """The problem at one θ, as solvers see it."""
         return BoundProblem(
             name=type(self).__name__,
+            theta=theta,
             residual=lambda x: self.residual(x, theta),
             mapping=lambda x: self.mapping(x, theta),
             symmetric=self.symmetric,
@@ -264,6 +267,7 @@ class LinearSystem(InnerProblem):
         rhs = jax.tree.map(jnp.asarray, rhs)
         return BoundProblem(
             name=type(self).__name__,
+            theta=theta,
             residual=lambda x: vector.subtract(rhs, operator.matvec(x)),
             operator=operator,
             rhs=rhs,
@@ -286,6 +290,7 @@ class _Structural(InnerProblem):
             return self.target.at(theta)
         return BoundProblem(
             name=type(self.target).__name__,
+            theta=theta,
             residual=lambda x: vector.negative(self.target.residual(x, theta)),
             symmetric=getattr(self.target, "symmetric", None),
             positive_definite=getattr(self.target, "positive_definite", None),

@@ -111,6 +111,14 @@ class Status(enum.IntEnum):
             "adjoint, let the outer loss not depend on that part of the solution."
         ),
     )
+    STOPPED = (
+        13,
+        (
+            "The library stopped by itself above the tolerance, and a further run came no closer. "
+            "Loosen the tolerance, or look at the library's own settings and at whether it solves "
+            "the same problem: units, signs, an intercept."
+        ),
+    )
 
     @property
     def failed(self) -> bool:

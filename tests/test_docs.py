@@ -15,6 +15,7 @@ import pytest
 import bilevel
 import bilevel.testing
 import bilevel_pde
+import bilevel_solvers
 from bilevel.cli import main
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -45,7 +46,14 @@ def same(printed: str, promised: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["custom.md", "tasks.md", "search.md", pytest.param("pde.md", marks=pytest.mark.slow)]
+    "page",
+    [
+        "custom.md",
+        "tasks.md",
+        "search.md",
+        pytest.param("pde.md", marks=pytest.mark.slow),
+        pytest.param("solvers.md", marks=pytest.mark.slow),
+    ],
 )
 def test_code_of_a_page_runs_and_prints_what_it_says(
     page: str,
@@ -97,10 +105,11 @@ def test_the_reference_names_what_the_kit_has():
     assert sorted(listed) == sorted(bilevel.testing.__all__)
 
 
-def test_the_page_of_the_adapter_names_what_it_has():
-    text = (DOCS / "pde.md").read_text(encoding="utf-8").partition("## The public names")[2]
+@pytest.mark.parametrize(("page", "package"), [("pde", bilevel_pde), ("solvers", bilevel_solvers)])
+def test_the_page_of_an_adapter_names_what_it_has(page: str, package: Any):
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8").partition("## The public names")[2]
     listed = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
-    assert sorted(listed) == sorted(name for name in bilevel_pde.__all__ if name[0] != "_")
+    assert sorted(listed) == sorted(name for name in package.__all__ if name[0] != "_")
 
 
 def test_pages_are_reachable_from_the_first():

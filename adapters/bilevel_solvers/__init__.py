@@ -1,6 +1,7 @@
-"""Other people's solvers behind the protocol of the core, and bridges to those who call it.
+"""Other people's solvers behind the inner-solver protocol, and bridges to those who call it.
 
-The public names stand in `__init__.pyi`, one line each, and are imported when they are used.
+`import bilevel_solvers`; the public names stand in `__init__.pyi`, one line each, and are
+imported when they are used. So is the library behind each of them.
 """
 
 import lazy_loader

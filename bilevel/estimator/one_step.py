@@ -76,6 +76,12 @@ _ONCE = (
 
 
 def _require_same_map(solver: InnerSolver) -> None:
+    if solver.black_box:
+        msg = (
+            f"OneStep differentiates one step, and {type(solver).__name__} is a black box: a whole "
+            "run of somebody else's code, which no derivative goes through. Use Implicit."
+        )
+        raise IncompatibleError(msg)
     if not (solver.recursive or solver.divides_by_residual or solver.adaptive):
         return
     name = type(solver).__name__

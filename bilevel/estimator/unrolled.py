@@ -16,6 +16,7 @@ from bilevel.forward_only import forward_only
 from bilevel.perturbation import with_derivative_of
 from bilevel.reverse_only import reverse_only
 from bilevel.solution import Solution
+from bilevel.solver.base import IncompatibleError, InnerSolver
 from bilevel.solver.checkpointing import (
     Layout,
     Linearization,
@@ -145,6 +146,7 @@ class Unrolled(Estimator):
         solver, budget, history = setting.solver, setting.budget, setting.history
         bound = setting.problem.at(setting.theta)
         solver.check(bound)
+        _require_steps(solver)
         bound = solver.prepare(bound, setting.x0)
         iteration, state, residual = begin(bound, solver, setting.x0, budget)
         if self.mode == "forward":
@@ -167,6 +169,17 @@ class Unrolled(Estimator):
             value = forward_only(value, _NO_REVERSE)
         value = with_derivative_of(solution.value, value, trust)
         return eqx.tree_at(lambda s: s.value, solution, value)
+
+
+def _require_steps(solver: InnerSolver) -> None:
+    if not solver.black_box:
+        return
+    msg = (
+        f"Unrolled differentiates the iteration, and {type(solver).__name__} is a black box: a "
+        "whole run of somebody else's code, which no derivative goes through. Use Implicit, or "
+        "Neumann or Nystrom, which differentiate the solution."
+    )
+    raise IncompatibleError(msg)
 
 
 def _reverse(options: Unrolled, history: int) -> Any:

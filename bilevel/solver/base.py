@@ -75,6 +75,8 @@ class InnerSolver(eqx.Module):
     - `adaptive`: how far or where a step goes is found from the residual (a line search, a
         least-squares fit, a normalised gradient), so that a step made afresh at the solution,
         where the residual is noise, says nothing of the solution.
+    - `black_box`: a step is a whole run of somebody else's code, towards `problem.target` and
+        of at most `problem.cap` iterations, which `done` counts. No derivative goes through it.
     - `linear_adjoint`: it can solve the linear systems of an adjoint.
     """
 
@@ -85,6 +87,7 @@ class InnerSolver(eqx.Module):
     conditioned: ClassVar[bool] = False
     divides_by_residual: ClassVar[bool] = False
     adaptive: ClassVar[bool] = False
+    black_box: ClassVar[bool] = False
     linear_adjoint: ClassVar[bool] = False
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
@@ -125,6 +128,11 @@ class InnerSolver(eqx.Module):
     def failure(self, state: PyTree) -> Int[Array, ""]:
         """`Status.CONVERGED` while all is well, otherwise the status to stop with."""
         return jnp.int32(Status.CONVERGED)
+
+    def done(self, state: PyTree) -> Int[Array, ""]:
+        """Iterations that a `black_box` did since `init`; nobody asks another solver."""
+        msg = f"{type(self).__name__}: a black_box must count its iterations. Define done(state)."
+        raise TypeError(msg)
 
     def applications(self, state: PyTree, iterations: Int[Array, ""]) -> Int[Array, ""]:
         """How often the residual or operator was applied in so many iterations."""

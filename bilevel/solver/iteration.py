@@ -66,12 +66,12 @@ class Iteration(eqx.Module):
 
     def full(self, state: PyTree, residual: PyTree) -> tuple[PyTree, PyTree]:
         """One step, and the residual after it: nothing is evaluated twice."""
-        state = self.update(state, residual)
+        state = _arrays(self.update(state, residual))
         return state, self.residual(state)
 
     def small(self, state: PyTree) -> PyTree:
         """One step that evaluates its residual itself: what a plain unrolled loop does."""
-        return self.update(state, self.residual(state))
+        return _arrays(self.update(state, self.residual(state)))
 
     @property
     def applications_before(self) -> int:
@@ -128,7 +128,12 @@ def begin(
     scale = jax.lax.stop_gradient(_scale(problem, x0, residual, norm))
     if budget is not None:
         target = stopping_norm(budget, scale, vector.epsilon(residual))
-        problem = dataclasses.replace(problem, target=jax.lax.stop_gradient(target))
+        problem = dataclasses.replace(
+            problem,
+            target=jax.lax.stop_gradient(target),
+            scale=scale,
+            cap=jnp.asarray(budget.iterations, jnp.int32),
+        )
     iteration = Iteration(
         solver=solver,
         update=lambda state, residual: solver.step(problem, state, residual),
@@ -172,6 +177,11 @@ def close_iteration(iteration: Iteration, state: PyTree, residual: PyTree) -> It
         flaw=iteration.flaw,
         compared=iteration.compared,
     )
+
+
+def _arrays(state: PyTree) -> PyTree:
+    """The state with arrays for leaves: a closed function returns constants as numbers."""
+    return jax.tree.map(jnp.asarray, state)
 
 
 def _closed(function: Callable[..., Any] | None, *arguments: Any) -> Callable[..., Any] | None:

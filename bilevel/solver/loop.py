@@ -107,7 +107,8 @@ def run(
     - `history`: length of the residual history to keep, static; 0 keeps none.
     """
     unit = None
-    if problem.rhs is not None and jnp.finfo(vector.real_dtype(problem.rhs)).bits < 64:
+    narrow = problem.rhs is not None and jnp.finfo(vector.real_dtype(problem.rhs)).bits < 64
+    if narrow and not solver.black_box:
         # Krylov methods square what they are given, too, and squares of single precision
         # vanish below 1e-19: a linear system is solved next to one, whatever its units.
         unit = jax.lax.stop_gradient(vector.unit(vector.robust_norm(problem.rhs)))
@@ -241,7 +242,8 @@ def _sweep(
         residual = iteration.residual(state) if carried is None else carried
         store, state, residual = step(store, progress.count, state, residual)
         square = iteration.square(state, residual, limits.tolerance)
-        progress = _advance(progress, square)
+        done = iteration.solver.done(state) if iteration.solver.black_box else None
+        progress = _advance(progress, square, done)
         return state, None if carried is None else residual, progress, store
 
     def sweep(state: Any, carried: Any, progress: Progress, store: Any) -> Any:
@@ -285,19 +287,26 @@ def _limits(
     )
 
 
-def _advance(progress: Progress, square: Array) -> Progress:
-    count = progress.count + 1
+def _advance(progress: Progress, square: Array, done: Array | None) -> Progress:
+    count = progress.count + 1 if done is None else jnp.asarray(done, jnp.int32)
     # The mark moves from count c to 2c: c, c+1, ..., 2c are measured against c.
     moves = (progress.count >= 2) & (progress.count & (progress.count - 1) == 0)
     history = progress.history
     if history is not None:
         history = history.at[count].set(jnp.sqrt(square).astype(history.dtype), mode="drop")
-    return Progress(
+    advanced = Progress(
         count=count,
         square=square,
         mark=jnp.where(moves, progress.square, progress.mark),
         history=history,
     )
+    if done is None:
+        return advanced
+    # Many iterations at once: the mark is where the mean rate of this run passed its count.
+    steps, since = count - progress.count, count - advanced.mark_count
+    shrunk = jnp.where(square > 0, progress.square / jnp.where(square > 0, square, 1.0), jnp.inf)
+    mark = square * shrunk ** (since / jnp.maximum(steps, 1)).astype(square.dtype)
+    return eqx.tree_at(lambda p: p.mark, advanced, jnp.where(square > 0, mark, progress.square))
 
 
 def _start_history(length: int, norm: Array) -> Array | None:
