@@ -55,30 +55,37 @@ class ScipyRoot(BlackBox):
         return call_host(self._root, problem, flat, asked, functions)
 
     def _root(self, run: HostRun) -> tuple[Any, int]:
+        return self._counted(run) if self.method in BY_EVALUATIONS else self._followed(run)
+
+    def _counted(self, run: HostRun) -> tuple[Any, int]:
+        """By a method that calls nobody back: its evaluations are what is counted."""
+        residual = run.functions["residual"]
+        best = [np.inf]
+
+        def counted(x: Any) -> Any:
+            value = residual(x)
+            if np.array_equal(x, run.start):
+                return value
+            norm = float(np.linalg.norm(value))
+            run.count += 1
+            if norm < best[0]:
+                best[0], run.x = norm, np.array(x)
+            if run.count >= run.iterations or norm <= run.target:
+                raise Enough
+            return value
+
+        root: Any = scipy.optimize.root
+        options = {"xtol": 0.0} | thawed(self.options)
+        jacobian = run.functions["jacobian"]
+        result = root(counted, run.start, method=self.method, jac=jacobian, options=options)
+        return result.x, run.count
+
+    def _followed(self, run: HostRun) -> tuple[Any, int]:
+        """By a method that calls back after every iteration."""
         residual = run.functions["residual"]
         root: Any = scipy.optimize.root
         given = thawed(self.options)
         options: dict[str, Any]
-        if self.method in BY_EVALUATIONS:
-            best = [np.inf]
-
-            def counted(x: Any) -> Any:
-                value = residual(x)
-                if np.array_equal(x, run.start):
-                    return value
-                norm = float(np.linalg.norm(value))
-                run.count += 1
-                if norm < best[0]:
-                    best[0], run.x = norm, np.array(x)
-                if run.count >= run.iterations or norm <= run.target:
-                    raise Enough
-                return value
-
-            options = {"xtol": 0.0} | given
-            jacobian = run.functions["jacobian"]
-            result = root(counted, run.start, method=self.method, jac=jacobian, options=options)
-            return result.x, run.count
-
         tried = [0]
 
         def downhill(x: Any) -> Any:
