@@ -55,9 +55,11 @@ class ScipyRoot(BlackBox):
         return call_host(self._root, problem, flat, asked, functions)
 
     def _root(self, run: HostRun) -> tuple[Any, int]:
-        return self._counted(run) if self.method in BY_EVALUATIONS else self._followed(run)
+        return (
+            self._by_evaluations(run) if self.method in BY_EVALUATIONS else self._by_callbacks(run)
+        )
 
-    def _counted(self, run: HostRun) -> tuple[Any, int]:
+    def _by_evaluations(self, run: HostRun) -> tuple[Any, int]:
         """By a method that calls nobody back: its evaluations are what is counted."""
         residual = run.functions["residual"]
         best = [np.inf]
@@ -80,7 +82,7 @@ class ScipyRoot(BlackBox):
         result = root(counted, run.start, method=self.method, jac=jacobian, options=options)
         return result.x, run.count
 
-    def _followed(self, run: HostRun) -> tuple[Any, int]:
+    def _by_callbacks(self, run: HostRun) -> tuple[Any, int]:
         """By a method that calls back after every iteration."""
         residual = run.functions["residual"]
         root: Any = scipy.optimize.root
