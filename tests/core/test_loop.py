@@ -238,6 +238,15 @@ def closed(rhs: Any) -> bl.Solution:
     return bl.solve(problem, None, jnp.zeros(6), solver=bl.ConjugateGradient())
 
 
+def elsewhere() -> bl.Solution:
+    """Somebody else's code that says it is done far from the solution, again and again."""
+    from bilevel_solvers import host
+
+    problem = bl.RootFinding(lambda x, _: x - 1.0)
+    stubborn = host(lambda problem, x0, iterations, rtol: (np.full(2, 7.0), 1))
+    return bl.solve(problem, None, jnp.zeros(2), solver=stubborn)
+
+
 REACHED = {
     bl.Status.CONVERGED: lambda: run(1.0, 3.0, 100, 1e-3, 0.0),
     bl.Status.BUDGET: lambda: run(1.0, 3.0, 3, 0.0, 0.0),
@@ -263,6 +272,7 @@ REACHED = {
     bl.Status.LINE_SEARCH: contradictory,
     bl.Status.NOT_ADJOINT: no_adjoint,
     bl.Status.INCONSISTENT: lambda: closed(jnp.ones(6)),
+    bl.Status.STOPPED: elsewhere,
 }
 
 
@@ -288,6 +298,7 @@ def test_failures_are_those_whose_result_must_not_be_used():
         "NOT_SYMMETRIC",
         "NOT_ADJOINT",
         "INCONSISTENT",
+        "STOPPED",
     }
 
 
