@@ -32,6 +32,11 @@ _NO_REVERSE = (
     "settings. Use Implicit, or jaxopt.ProjectedGradient."
 )
 
+_NO_REVERSE_SEARCH = (
+    "Unrolled: jaxopt's line search hager-zhang has loops that reverse mode does not go through, "
+    "whatever its settings. Use Implicit, or linesearch='zoom' or 'backtracking'."
+)
+
 
 class JaxoptState(eqx.Module):
     """Iterate, jaxopt's own state, and the status."""
@@ -95,6 +100,8 @@ class JaxoptSolver(ForeignSolver):
         pair = (state.x, state.inner)
         if self._is("LBFGSB"):
             x, inner = forward_only(updated(pair, unroll=False), _NO_REVERSE)
+        elif dict(self.settings).get("linesearch") == "hager-zhang":
+            x, inner = forward_only(updated(pair, unroll=False), _NO_REVERSE_SEARCH)
         elif hasattr(self.kind, "maxls"):  # its line search is a loop
             x, inner = evaluated_as(
                 lambda pair: updated(pair, unroll=False),

@@ -111,7 +111,8 @@ def lineax(solver: Any) -> LineaxIterative | LineaxDirect:
         place of `max_steps`, `rtol`, `atol` and `norm`.  Their steps are counted as iterations
         (a cycle of GMRES as one); they do not unroll.
     - Direct ones (`LU`, `QR`, `SVD`, `Cholesky`, `Diagonal`, `Triangular`, `Tridiagonal`,
-        `AutoLinearSolver`, ...) factorise once; an iteration solves with the factors.
+        `AutoLinearSolver`, ...) factorise once; an iteration solves with the factors.  They
+        unroll, but for `QR`, for whose factors JAX has no derivative and says so.
 
     `LSMR` of lineax 0.1 refuses single precision where JAX has double enabled.
 

@@ -219,6 +219,9 @@ def test_a_solver_that_reverse_mode_does_not_go_through_says_so():
     unrolled = {"estimator": bl.Unrolled(max_iterations=8), "budget": bl.Budget(iterations=3)}
     with pytest.raises(TypeError, match=r"LBFGSB.*Use Implicit"):
         solved(problem, bs.jaxopt(jaxopt.LBFGSB), theta, x0, **unrolled)
+    searched = bs.jaxopt(jaxopt.LBFGS, linesearch="hager-zhang")
+    with pytest.raises(TypeError, match=r"hager-zhang.*Use Implicit"):
+        solved(*PROBLEMS["minimum"][:1], searched, **unrolled)
 
 
 def test_an_unknown_theta_is_asked_for():
