@@ -25,7 +25,7 @@ WEIGHT = 0.25
 """Of the newest gradient norm in the average."""
 
 TRUST = 2.0
-"""How far beyond the finest level ever compared the model is used, as a factor."""
+"""How far beyond the levels last compared, on either side, the model is used, as a factor."""
 
 BEYOND = 2.0
 """How far an error may be beyond what is allowed before a gradient is not to be used."""
@@ -77,7 +77,8 @@ class AutomaticState(NamedTuple):
     - `lowest`: the coarsest level to go back to: a gradient that was not finite is not asked
         for again; int32.
     - `log_error`, `place`, `rate`: of the model; p is a level's number of iterations.
-    - `highest`: the finest p that was ever compared.
+    - `least`, `highest`: the coarsest and the finest p of the last comparison: between half of
+        the one and twice the other the model is used.
     - `wanted`: the p that the model asks for, wherever the level could go.
     - `norm`: average norm of the gradients.
     - `noise`: of a batch's gradient.
@@ -97,6 +98,7 @@ class AutomaticState(NamedTuple):
     log_error: Float[AnyArray, ""]
     place: Float[AnyArray, ""]
     rate: Float[AnyArray, ""]
+    least: Float[AnyArray, ""]
     highest: Float[AnyArray, ""]
     wanted: Float[AnyArray, ""]
     norm: Float[AnyArray, ""]
@@ -186,6 +188,7 @@ class AutomaticRefinement(eqx.Module):
             log_error=real(0),
             place=real(0),
             rate=real(0),
+            least=real(0),
             highest=real(0),
             wanted=real(0),
             norm=real(0),
@@ -282,7 +285,10 @@ def _due(xp: Namespace, rule: _Rule, state: AutomaticState, places: Any) -> Bool
         return xp.zeros_like(state.due)
     cost = _cost(xp, rule, state.level, places)
     # Each step out of the known doubles it, so that all of these together are few.
-    unknown = (state.wanted > TRUST * state.highest) & (places[state.level] > state.highest)
+    here = places[state.level]
+    unknown = (state.wanted > TRUST * state.highest) & (here > state.highest)
+    # What went down may have gone down to where the solver has not begun to converge.
+    unknown = unknown | (here < state.least)
     # Training changes fastest where it begins, and there a comparison costs next to nothing.
     old = state.updates >= 2 * state.compared_at
     return (state.comparisons == 0) | unknown | old | (state.credit >= cost)
@@ -327,7 +333,16 @@ def _after(
         rejected=xp.where(usable, state.rejected, saturating_increment(state.rejected)),
         **{
             name: getattr(fields, name).astype(dtype)
-            for name in ("log_error", "place", "rate", "highest", "norm", "noise", "credit")
+            for name in (
+                "log_error",
+                "place",
+                "rate",
+                "least",
+                "highest",
+                "norm",
+                "noise",
+                "credit",
+            )
         },
     )
 
@@ -356,13 +371,18 @@ def _learnt(
     # Where nothing falls, finer levels are tried one doubling at a time.
     standing = xp.where(finer > floor, xp.minimum(unknown, halving), unknown)
     rate = xp.where(falling, _rate(xp, coarser, finer, before, after), standing)
-    error = xp.maximum(finer, floor) / -xp.expm1(-rate * xp.maximum(after, 1))
+    error = finer / -xp.expm1(-rate * xp.maximum(after, 1))
+    # Where the finer two agree, it may be the tolerance of the solves that made them: what is
+    # known is the error of the coarsest.
+    agree = finer <= floor
+    error = xp.where(agree, xp.maximum(coarser, floor), error)
     tiny = float(np.finfo(state.norm.dtype).tiny)
     learnt = state._replace(
         log_error=xp.log(xp.maximum(error, tiny)),
-        place=places[middle],
+        place=xp.where(agree, places[low], places[middle]),
         rate=rate,
-        highest=xp.maximum(state.highest, places[high]),
+        least=places[low],
+        highest=places[high],
         noise=_averaged(xp, state.noise, noise),
         comparisons=saturating_increment(state.comparisons),
         compared_at=state.updates,
@@ -415,7 +435,7 @@ def _placed(
     wanted = xp.where(known, wanted, 2 * here)
     limit = xp.minimum(2 * here + 1, xp.maximum(TRUST * state.highest, here))
     limit = xp.where(known, limit, 2 * here + 1)
-    goal = xp.clip(wanted, here / 2, limit)
+    goal = xp.clip(wanted, xp.maximum(here / 2, state.least / TRUST), limit)
     level = xp.searchsorted(places, goal - 1e-4 * goal)
     return xp.clip(level, state.lowest, rule.top), wanted, excess
 

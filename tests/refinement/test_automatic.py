@@ -260,3 +260,40 @@ def test_what_it_needs_is_asked_for():
     for name in ("signal", "noise", "share"):
         with pytest.raises(ValueError, match=name):
             AutomaticRefinement(LADDER, **{name: 1.0})
+
+
+def test_levels_that_agree_because_of_a_tolerance_do_not_let_the_level_fall_through():
+    """Above 60 iterations all gradients are one: the error of the lowest compared is what is known.
+
+    The error allowed, 0.1, takes 46 iterations. The level may step below that where it is compared
+    at once, by a factor of two, and not on to where the solver has hardly begun.
+    """
+    controller = AutomaticRefinement(Ladder.iterations(1, 1, 400))
+
+    def gradient(fidelity):
+        return 1.0 + math.exp(-0.05 * min(int(fidelity.budget.iterations), 60))
+
+    state = controller.init()._replace(
+        level=np.int32(199),
+        comparisons=np.int32(3),
+        updates=np.int32(64),
+        compared_at=np.int32(32),
+        rate=np.float32(0.05),
+        place=np.float32(200),
+        log_error=np.float32(-3.0),
+        least=np.float32(100),
+        highest=np.float32(200),
+        norm=np.float32(1),
+        due=np.True_,
+    )
+    visited = []
+    for _ in range(40):
+        difference = None
+        if controller.due(state):
+            a, b, c = (gradient(fidelity) for fidelity in controller.compared(state))
+            difference = Differences(abs(a - b), abs(b - c))
+        g = gradient(controller.fidelity(state))
+        state = controller.update(state, gradient_norm=g, error=difference)
+        visited.append(int(controller.fidelity(state).budget.iterations))
+    assert min(visited) > 20
+    assert 40 <= visited[-1] <= 60
