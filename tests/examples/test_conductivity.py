@@ -51,6 +51,7 @@ def test_coarse_levels_are_off_by_the_square_of_their_spacing(module):
     assert 4.0 < errors[0] / errors[1] < 6.0
 
 
+@pytest.mark.slow
 def test_the_gradient_goes_through_the_transfers(module):
     task = module.task(cells=32, epochs=1)
     coarse = bl.Fidelity(FULL, FULL, static={"cells": 16})

@@ -50,6 +50,7 @@ def test_the_energy_is_that_of_all_responses(denoising):
     assert float(experts.energy(jnp.asarray(u), prior)) == pytest.approx(total, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("regulariser", ["experts", "variation"])
 def test_the_curvature_is_bounded_and_the_bound_not_far(denoising, regulariser):
     """At a constant image, where all potentials are steepest, on a patch of 12 by 12."""

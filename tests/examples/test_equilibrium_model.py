@@ -73,6 +73,7 @@ def test_an_epoch_has_each_image_once(equilibrium):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", others_slow(["full", "prdp", "auto", "error"], "error"))
 def test_it_learns_to_tell_digits_apart(equilibrium, policy, capsys):
     from bilevel.outer.assignment import controller_for

@@ -68,6 +68,7 @@ def test_the_gradient_is_the_analytic_one(cleaning, small):
     assert steepest[-1] <= 1 / float(small.solver.step_size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", others_slow(["full", "auto", "error"], "full"))
 def test_it_finds_wrong_labels(cleaning, policy, capsys):
     from bilevel.outer.assignment import controller_for

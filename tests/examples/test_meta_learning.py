@@ -33,6 +33,7 @@ def test_tasks_are_sines_that_one_line_of_cosine_and_sine_explains(meta):
         assert b >= 0
 
 
+@pytest.mark.slow
 def test_an_adapted_network_is_stationary(meta):
     """∂/∂φ of ½ mean error + λ/2 ‖φ - θ‖², written out, vanishes at φ*."""
     adaptation = meta.Adaptation(jax.random.key(0), 8, 2.0)
@@ -56,6 +57,7 @@ def test_the_step_is_that_of_the_linearised_network(meta):
     assert 1 / float(adaptation.solver(adaptation.start, x).step_size) == pytest.approx(wanted)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_adapted_error(meta):
     """θ is where adaptation starts, what it is held near to, and sets its step: one counts."""
     adaptation = meta.Adaptation(jax.random.key(0), 8, 2.0)

@@ -25,6 +25,7 @@ def runs() -> dict[str, bl.Run]:
     return {policy: group[0] for policy, group in comparison.runs.items()}
 
 
+@pytest.mark.slow
 def test_relevant_features_are_penalised_less(runs):
     # A sign error in the hypergradient would penalise just these.
     theta = np.asarray(runs["full"].theta)

@@ -78,6 +78,7 @@ def test_a_monopolist_earns_more_than_any_leader(stackelberg):
     assert float(game.channel(level)) > 1.05 * float(game.profit(game.halfway(), level, FULL))
 
 
+@pytest.mark.slow
 def test_training_comes_near_the_closed_form(stackelberg, capsys):
     with jax.enable_x64(False):
         task = stackelberg.task("linear", firms=3, markets=2, epochs=25)

@@ -112,6 +112,7 @@ def test_gradient_is_that_of_the_solution_when_the_starts_have_converged():
     assert report[0] == 1
 
 
+@pytest.mark.slow
 def test_few_iterations_suffice_where_cold_starts_are_biased():
     warm = optimize(task(1), optax.sgd(0.2), epochs=150, progress=False)
     assert abs(float(warm.theta) - 1.3) < 1e-3

@@ -167,6 +167,7 @@ def test_solver_conforms(solver, preconditioner, problem):
     assert "converged means within tolerance" in names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("solver", "preconditioner", "problem"), cases())
 def test_hypergradient_is_that_of_the_exact_adjoint(solver, preconditioner, problem):
     """With respect to the source, the coefficients or entries, and the boundary values."""

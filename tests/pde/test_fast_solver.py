@@ -129,6 +129,7 @@ def test_single_precision():
     assert int(solution.iterations) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fast", "multigrid", "none"])
 def test_the_mean_of_a_regular_system_in_single_precision(kind):
     """It is what the identity makes of it, beside differences of half a million."""

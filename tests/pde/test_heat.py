@@ -103,6 +103,7 @@ def settings(point):
     return {name: value for name, value in point.items() if name != "u"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scheme", [pytest.param("implicit_euler", marks=pytest.mark.slow), "crank_nicolson"]
 )

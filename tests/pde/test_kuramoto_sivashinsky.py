@@ -188,6 +188,7 @@ def test_detached_steps_are_constants():
     assert not jnp.any(jax.grad(loss)(waves(grid)))
 
 
+@pytest.mark.slow
 def test_budgets_are_kept_and_the_default_solver_needs_few_iterations():
     grid = line(16)
     u = waves(grid)

@@ -63,6 +63,7 @@ def volumes(grid):
     return np.prod(np.broadcast_arrays(*grid.weights()), axis=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "smoother"),
     [
@@ -82,6 +83,7 @@ def test_cycles_are_symmetric_and_contract(kind, smoother):
     assert 0.4 < error.min() < error.max() < 1.4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
@@ -311,6 +313,7 @@ def test_galerkin_cycle_is_symmetric_and_contracts(grid):
     assert 0.7 < error.min() < error.max() < 1.0 + 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("boundary", "ratio"),
     [(D, 1e6), pytest.param(P, 1e3, marks=pytest.mark.slow)],

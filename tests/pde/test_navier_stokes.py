@@ -81,6 +81,7 @@ def decayed(waves, steps, options):
     return distance(u, expected), distance(p, pressure)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -246,6 +247,7 @@ def direct_gradient(box, point, state, options):
     return pulled(solution, point, jnp.asarray(adjoint))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -404,6 +406,7 @@ def test_three_dimensions():
     assert float(jnp.max(jnp.abs(c))) < 1e-9
 
 
+@pytest.mark.slow
 def test_no_flow_that_comes_from_nowhere():
     """Of traced wall values the status tells; others are looked at before the first step."""
     walls = pde.Staggered((4, 4))

@@ -107,6 +107,7 @@ def test_the_stokes_operator_is_symmetric_with_constant_pressure_in_its_kernel()
 FLOWS = [pytest.param(b, marks=pytest.mark.slow) for b in (D, P, [P, D])] + [[(D, N), D]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("boundary", FLOWS, ids=str)
 def test_stokes_flow_is_of_second_order(boundary):
     """From a stream function; its velocity is also prescribed on walls, moving or not."""

@@ -85,6 +85,7 @@ def test_gradient_in_numpy_agrees_with_differences(name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
