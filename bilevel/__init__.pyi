@@ -31,6 +31,7 @@ from .outer.optimize import NonFiniteError as NonFiniteError
 from .outer.optimize import optimize as optimize
 from .outer.plotting import plot_runs as plot_runs
 from .outer.run import Run as Run
+from .outer.simultaneous import Simultaneous as Simultaneous
 from .outer.task import Task as Task
 from .outer.warm_starts import WarmStart as WarmStart
 from .outer.warm_starts import WarmStarts as WarmStarts
