@@ -17,6 +17,7 @@ BENCHMARKS = {
     "growth": "time and memory of a solve and its gradient from 256² to 4096² unknowns",
     "flow": "Navier–Stokes: the published data, a cavity, preconditioned and not",
     "search": "BilevelSearch against a grid search: score, and time with the first compilation",
+    "bilevel_suite": "SOBA, AmIGO, stocBiO and nested solves on benchmark_bilevel's problems",
     "published": "figures from the literature, reproduced",
 }
 

@@ -4,12 +4,14 @@ import gc
 import json
 import multiprocessing
 import os
+import pickle
 import platform
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from multiprocessing.connection import Connection
@@ -96,6 +98,8 @@ def first_calls(
 
 
 def _seconds(function: Callable[[], Any]) -> float:
+    if isinstance(function, Remote):
+        return function.seconds()
     start = time.perf_counter()
     jax.block_until_ready(function())
     return time.perf_counter() - start
@@ -173,6 +177,74 @@ def _answer(
     jax.config.update("jax_enable_x64", wide)
     sender.send(function(*arguments))
     sender.close()
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A candidate that lives in another process and is timed there."""
+
+    connection: Connection
+    name: str
+
+    def __call__(self) -> Any:
+        """What it returns."""
+        return self._ask()[1]
+
+    def seconds(self) -> float:
+        """Wall-clock seconds of one call, without the way between the processes."""
+        return self._ask()[0]
+
+    def _ask(self) -> tuple[float, Any]:
+        self.connection.send(self.name)
+        return self.connection.recv()
+
+
+@contextmanager
+def beside(
+    make: Callable[..., Mapping[str, Callable[[], Any]]], *arguments: Any
+) -> Iterator[dict[str, Remote]]:
+    """Candidates of another framework, in a process of their own that waits between calls.
+
+    **Arguments:**
+
+    - `make`: a function of a module that returns functions without arguments by name, whose
+        results can be pickled; called there with `arguments`.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    wide = jax.config.read("jax_enable_x64")
+    # Unpickled there after the switch to 64 bits: before, arrays would arrive as float32.
+    content = pickle.dumps(arguments)
+    process = context.Process(target=_serve, args=(there, make, content, wide), daemon=True)
+    process.start()
+    there.close()
+    try:
+        yield {name: Remote(here, name) for name in here.recv()}
+    except EOFError:
+        msg = f"beside: the process running {make.__name__} ended without an answer."
+        raise RuntimeError(msg) from None
+    finally:
+        here.close()
+        process.join()
+
+
+def _serve(
+    connection: Connection,
+    make: Callable[..., Mapping[str, Callable[[], Any]]],
+    content: bytes,
+    wide: bool,
+) -> None:
+    jax.config.update("jax_enable_x64", wide)
+    candidates = make(*pickle.loads(content))  # noqa: S301
+    connection.send(list(candidates))
+    while True:
+        try:
+            name = connection.recv()
+        except EOFError:
+            return
+        start = time.perf_counter()
+        result = candidates[name]()
+        connection.send((time.perf_counter() - start, result))
 
 
 def _high_water_bytes() -> int:

@@ -1,5 +1,6 @@
 """Implicit hypergradients against code by hand, SciPy, and other libraries."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,12 +12,11 @@ import numpy as np
 from jaxtyping import Array
 
 import bilevel as bl
-from benchmarks import handwritten, harness, peers, problems
-from benchmarks.handwritten import Hypergradient
+from benchmarks import handwritten, harness, peers, problems, torch_peers
+from benchmarks.handwritten import AnyProblem, Hypergradient
 from benchmarks.harness import Report
 from benchmarks.problems import Logistic, PoissonControl, Ridge
-
-AnyProblem = Ridge | Logistic | PoissonControl
+from benchmarks.same_work import same_work
 
 
 def inner_problem(problem: AnyProblem) -> bl.InnerProblem:
@@ -64,10 +64,10 @@ def by_library(
     return jax.jit(jax.value_and_grad(loss))
 
 
-def relative_error(hypergradient: Hypergradient, problem: AnyProblem) -> float:
-    """‖G − G_exact‖ / ‖G_exact‖."""
+def relative_error(hypergradient: Callable[[], Any], problem: AnyProblem) -> float:
+    """‖G − G_exact‖ / ‖G_exact‖ of the hypergradient at the problem's θ."""
     _, exact = problem.exact()
-    _, gradient = hypergradient(problem.theta)
+    _, gradient = hypergradient()
     return float(np.linalg.norm(np.asarray(gradient) - exact) / np.linalg.norm(exact))
 
 
@@ -77,23 +77,34 @@ class Race:
 
     - `makers`: by name, what makes the jitted hypergradient; "library" and "by hand" are
         among them.
-    - `claimed`: whether the library's ratios are held against their limits.
+    - `step_size`: of descent; `None` where the inner problem is solved by CG.
+    - `inner`, `adjoint`: iterations.
+    - `limit`: of the time by hand; `None` where nothing is claimed, and other frameworks
+        are left out.
     """
 
     name: str
     problem: AnyProblem
     makers: dict[str, Callable[[], Hypergradient]]
-    claimed: bool = True
+    limit: float | None
+    step_size: float | None = None
+    inner: int = 100
+    adjoint: int = 100
 
     def run(self, report: Report, rounds: int, first_rounds: int, *, held: bool) -> None:
         """Time everything in turn, tabulate it, and hold the library against its limits."""
         report.say(self.name)
         theta = self.problem.theta
-        made = {name: make() for name, make in self.makers.items()}
-        errors = {name: relative_error(made[name], self.problem) for name in made}
-        timings = harness.round_robin(
-            {name: partial(function, theta) for name, function in made.items()}, rounds=rounds
-        )
+        steps = self.step_size, self.inner, self.adjoint
+        made = {name: partial(make(), theta) for name, make in self.makers.items()}
+        with contextlib.ExitStack() as stack:
+            if self.limit is not None:
+                made["SciPy by hand"] = handwritten.by_scipy(self.problem, *steps)
+            if self.limit is not None and peers.available("torch") is not None:
+                other = harness.beside(torch_peers.makers, self.problem, *steps)
+                made |= stack.enter_context(other)
+            errors = {name: relative_error(made[name], self.problem) for name in made}
+            timings = harness.round_robin(made, rounds=rounds)
         first = harness.first_calls(
             {name: _fresh(make, theta) for name, make in self.makers.items()}, rounds=first_rounds
         )
@@ -111,113 +122,170 @@ class Race:
                 name,
                 timings[name].median * 1e3,
                 timings[name].ratio(timings["by hand"]),
-                first[name].median,
-                first[name].ratio(first["by hand"]),
+                first[name].median if name in first else None,
+                first[name].ratio(first["by hand"]) if name in first else None,
                 errors[name],
             )
-        if held:
-            ratio = timings["library"].ratio(timings["by hand"])
-            report.check(f"{self.name}: time of by hand", ratio, 1.1)
-            ratio = first["library"].ratio(first["by hand"])
-            report.check(f"{self.name}: first call of by hand", ratio, 1.5)
+        if not held or self.limit is None:
+            return
+        ratio = timings["library"].ratio(timings["by hand"])
+        report.check(f"{self.name}: time of by hand", ratio, self.limit)
+        for name in [name for name in made if name not in {"library", "by hand"}]:
+            ratio = timings["library"].ratio(timings[name])
+            report.check(f"{self.name}: time of {name}", ratio, 1.0)
+        ratio = first["library"].ratio(first["by hand"])
+        report.check(f"{self.name}: first call of by hand", ratio, 1.5)
+        if "jaxopt" in first:
+            ratio = first["library"].ratio(first["jaxopt"])
+            report.check(f"{self.name}: first call of jaxopt", ratio, 1.0)
 
 
 def _fresh(make: Callable[[], Hypergradient], theta: Array) -> Callable[[], Callable[[], Any]]:
     return lambda: partial(make(), theta)
 
 
+def conjugate_gradients(name: str, problem: Ridge | PoissonControl, steps: int) -> Race:
+    """CG forward and backward."""
+    if isinstance(problem, Ridge):
+        inner, limit = normal_equations(problem), 1.05
+        by_hand = partial(handwritten.ridge_conjugate_gradients, problem, steps, steps)
+    else:
+        inner, limit = inner_problem(problem), 1.1
+        by_hand = partial(handwritten.poisson_adjoint, problem, "cg", steps, steps)
+    budget = bl.Budget(iterations=steps)
+    makers = {
+        "by hand": by_hand,
+        "library": partial(by_library, problem, inner, bl.ConjugateGradient(), budget),
+        **peers.conjugate_gradients(problem, steps, steps),
+    }
+    return Race(
+        f"{name}, CG + CG, K = M = {steps}", problem, makers, limit, inner=steps, adjoint=steps
+    )
+
+
+def descent(name: str, problem: Ridge | Logistic, inner: int, adjoint: int) -> Race:
+    """Gradient descent forward, CG backward."""
+    step_size = 1.0 / problem.lipschitz
+    steps = problem, step_size, inner, adjoint
+    makers = {
+        "by hand": partial(handwritten.descent_with_conjugate_gradients, *steps),
+        "library": partial(
+            by_library,
+            problem,
+            inner_problem(problem),
+            bl.GradientDescent(step_size=step_size),
+            bl.Budget(iterations=inner),
+            bl.ConjugateGradient(),
+            bl.Budget(iterations=adjoint),
+        ),
+        **peers.descent_with_conjugate_gradients(*steps),
+    }
+    title = f"{name}, descent + CG, K = {inner}, M = {adjoint}"
+    return Race(title, problem, makers, 1.05, step_size, inner, adjoint)
+
+
+def jacobi(name: str, problem: PoissonControl, steps: int) -> Race:
+    """Jacobi forward and backward: so cheap an iteration that looking at its residual shows."""
+    by_hand = partial(handwritten.poisson_adjoint, problem)
+    budget = bl.Budget(iterations=steps)
+    makers = {
+        "by hand": partial(by_hand, "jacobi", steps, steps),
+        "by hand, with a test": partial(by_hand, "tested jacobi", steps, steps),
+        "library": partial(by_library, problem, inner_problem(problem), bl.Jacobi(), budget),
+    }
+    return Race(f"{name}, Jacobi, K = M = {steps}", problem, makers, None)
+
+
 def races(quick: bool) -> list[Race]:
-    """Ridge by CG, Poisson control by CG and Jacobi, logistic regression by descent and CG."""
-    steps, budget = 100, bl.Budget(iterations=100)
+    """Ridge, logistic regression, and Poisson control on two grids."""
     ridge = problems.ridge(400, 100) if quick else problems.ridge()
-    poisson = problems.poisson_control(32 if quick else 64)
-    cg, jacobi = bl.ConjugateGradient(), bl.Jacobi()
-    found = [
-        Race(
-            f"ridge {ridge.design.shape[0]}×{ridge.design.shape[1]}, CG + CG, K = M = {steps}",
-            ridge,
-            {
-                "by hand": partial(handwritten.ridge_conjugate_gradients, ridge, steps, steps),
-                "library": partial(by_library, ridge, normal_equations(ridge), cg, budget),
-                **peers.conjugate_gradients(ridge, steps, steps),
-            },
-        )
-    ]
-    control = inner_problem(poisson)
-    size = f"{poisson.reference.shape[0]}²"
-    by_hand = partial(handwritten.poisson_adjoint, poisson)
-    found.append(
-        Race(
-            f"Poisson control {size}, CG + CG, K = M = {steps}",
-            poisson,
-            {
-                "by hand": partial(by_hand, "cg", steps, steps),
-                "library": partial(by_library, poisson, control, cg, budget),
-                **peers.conjugate_gradients(poisson, steps, steps),
-            },
-        )
-    )
-    # An iteration of Jacobi is so cheap here that looking at its residual shows.
-    found.append(
-        Race(
-            f"Poisson control {size}, Jacobi, K = M = {steps}",
-            poisson,
-            {
-                "by hand": partial(by_hand, "jacobi", steps, steps),
-                "by hand, with a test": partial(by_hand, "tested jacobi", steps, steps),
-                "library": partial(by_library, poisson, control, jacobi, budget),
-            },
-            claimed=False,
-        )
-    )
     logistic = problems.logistic(1000, 50) if quick else problems.logistic()
-    step_size = 1.0 / logistic.lipschitz
-    found.append(
-        Race(
-            f"logistic {logistic.design.shape[0]}×{logistic.design.shape[1]}, "
-            "descent + CG, K = 100, M = 20",
-            logistic,
-            {
-                "by hand": partial(
-                    handwritten.descent_with_conjugate_gradients, logistic, step_size, steps, 20
-                ),
-                "library": partial(
-                    by_library,
-                    logistic,
-                    inner_problem(logistic),
-                    bl.GradientDescent(step_size=step_size),
-                    budget,
-                    cg,
-                    bl.Budget(iterations=20),
-                ),
-            },
-            claimed=False,
-        )
-    )
-    return found
+    sizes = ((32, 100),) if quick else ((64, 100), (256, 600))
+    poisson = {points: problems.poisson_control(points) for points, _ in sizes}
+    regression = "ridge {}×{}".format(*ridge.design.shape)
+    return [
+        conjugate_gradients(regression, ridge, 100),
+        descent(regression, ridge, 100, 20),
+        descent("logistic {}×{}".format(*logistic.design.shape), logistic, 100, 20),
+        *(
+            conjugate_gradients(f"Poisson control {points}²", poisson[points], steps)
+            for points, steps in sizes
+        ),
+        jacobi(f"Poisson control {sizes[0][0]}²", poisson[sizes[0][0]], 100),
+    ]
 
 
-def accuracy(report: Report, quick: bool) -> None:
-    """What comes out where nothing is chosen, by library."""
-    cases: dict[str, AnyProblem] = {
+def all_problems(quick: bool) -> dict[str, AnyProblem]:
+    """Ridge, logistic regression and Poisson control."""
+    return {
         "P1 ridge": problems.ridge(400, 100) if quick else problems.ridge(),
         "P2 logistic": problems.logistic(1000, 50) if quick else problems.logistic(),
         "P3 Poisson control": problems.poisson_control(32 if quick else 64),
     }
-    table = report.table("No solver and no tolerance given", "problem", "by", "rel. error", "ms")
-    for name, problem in cases.items():
+
+
+GOAL = 1e-7
+"""Error to which everything with default methods is timed."""
+
+
+def defaults(report: Report, quick: bool) -> None:
+    """What comes out where nothing is chosen, and the time that each needs to be right."""
+    table = report.table(
+        f"No solver and no tolerance given, and with the first tolerance that gives {GOAL:g}",
+        "problem",
+        "by",
+        "error as it is",
+        "ms as it is",
+        "tolerance",
+        "error",
+        "ms",
+    )
+    for name, problem in all_problems(quick).items():
         report.say(f"{name} with default settings")
-        candidates = {"library": by_library(problem, inner_problem(problem))}
-        candidates |= {peer: make() for peer, make in peers.defaults(problem).items()}
-        timings = harness.round_robin(
-            {key: partial(function, problem.theta) for key, function in candidates.items()},
-            rounds=3,
+        library = by_library(problem, inner_problem(problem))
+        found: dict[str, Hypergradient | None] = {"library": library}
+        tolerances = {"library": None} | dict.fromkeys(peers.defaults(problem))
+        plain = {"library": library} | {
+            peer: make() for peer, make in peers.defaults(problem).items()
+        }
+        for peer in list(plain)[1:]:
+            tolerances[peer], found[peer] = _tight_enough(problem, peer)
+        timings = harness.round_robin(_at(problem, plain), rounds=5)
+        exact = harness.round_robin(
+            _at(problem, {key: made for key, made in found.items() if made is not None}),
+            rounds=5,
         )
-        for key, function in candidates.items():
-            error = relative_error(function, problem)
-            table.add(name, key, error, timings[key].median * 1e3)
-            if key == "library":
-                report.check(f"{name}: error with default settings", error, 1e-6)
+        for key, made in plain.items():
+            tight = found[key]
+            table.add(
+                name,
+                key,
+                relative_error(partial(made, problem.theta), problem),
+                timings[key].median * 1e3,
+                tolerances[key],
+                None if tight is None else relative_error(partial(tight, problem.theta), problem),
+                None if tight is None else exact[key].median * 1e3,
+            )
+        error = relative_error(partial(library, problem.theta), problem)
+        report.check(f"{name}: error with default settings", error, GOAL)
+        for key in list(exact)[1:]:
+            ratio = exact["library"].ratio(exact[key])
+            if not quick:
+                report.check(f"{name}, default methods to {GOAL:g}: time of {key}", ratio, 1.0)
+
+
+def _at(problem: AnyProblem, made: dict[str, Hypergradient]) -> dict[str, Callable[[], Any]]:
+    return {name: partial(function, problem.theta) for name, function in made.items()}
+
+
+def _tight_enough(problem: AnyProblem, peer: str) -> tuple[float | None, Hypergradient | None]:
+    """The loosest power of ten, and what it makes; `None` where none is enough."""
+    for power in range(3, 16):
+        tolerance = 10.0**-power
+        made = peers.defaults(problem, tolerance)[peer]()
+        if relative_error(partial(made, problem.theta), problem) <= GOAL:
+            return tolerance, made
+    return None, None
 
 
 def against_cholesky(report: Report, quick: bool) -> None:
@@ -244,7 +312,8 @@ def benchmark(quick: bool) -> Report:
     """Speed at equal iterations, accuracy by default, and the factorisation."""
     report = Report("hypergradients", remarks=peers.missing())
     for race in races(quick):
-        race.run(report, 5 if quick else 15, 1 if quick else 5, held=race.claimed and not quick)
-    accuracy(report, quick)
+        race.run(report, 5 if quick else 15, 1 if quick else 5, held=not quick)
+    same_work(report, all_problems(quick))
+    defaults(report, quick)
     against_cholesky(report, quick)
     return report

@@ -1,5 +1,6 @@
 """Problems with exact hypergradients: ridge, logistic regression, Poisson control."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -46,6 +47,11 @@ class Ridge:
         del theta
         misfit = self.validation_design @ w - self.validation_response
         return 0.5 * misfit @ misfit / misfit.size
+
+    @property
+    def lipschitz(self) -> float:
+        """Largest eigenvalue of the inner Hessian."""
+        return self.spectrum[1]
 
     @cached_property
     def spectrum(self) -> tuple[float, float]:
@@ -197,6 +203,16 @@ class PoissonControl:
     def rhs(self, theta: Array) -> Array:
         """The source, (n, n)."""
         return self.bumps.T @ theta @ self.bumps
+
+    def objective(self, u: Array, theta: Array) -> Array:
+        """The energy, whose minimiser solves the equation."""
+        return 0.5 * jnp.vdot(u, self.operator(theta).matvec(u)) - jnp.vdot(self.rhs(theta), u)
+
+    @property
+    def lipschitz(self) -> float:
+        """Largest eigenvalue of the operator."""
+        points = self.reference.shape[0]
+        return 8.0 * (points + 1) ** 2 * math.sin(0.5 * math.pi * points / (points + 1)) ** 2
 
     def outer_loss(self, u: Array, theta: Array) -> Array:
         """Half the squared distance to the observed state."""

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 import bilevel as bl
-from benchmarks import harness, problems
+from benchmarks import harness, peers, problems
 from benchmarks.handwritten import scan_unroll
 from benchmarks.harness import Report
 
@@ -168,7 +168,13 @@ def time_case(report: Report, case: Case, rounds: int, *, held: bool) -> None:
         candidates: dict[str, Callable[[], Any]] = {"scan": partial(scan, case.theta)}
         for name, function in made.items():
             candidates[name] = partial(function, case.theta, count)
+        for name, make in peers.unrolled(case.step, case.outer_loss, case.start, steps).items():
+            candidates[name] = partial(make(), case.theta)
         timings = harness.round_robin(candidates, rounds=rounds)
+        if held and "optimistix" in timings:
+            ratio = timings["checkpoints"].ratio(timings["optimistix"])
+            claim = f"{case.name}, {steps} steps, checkpoints: time of optimistix'"
+            report.check(claim, ratio, 1.0)
         for name, timing in timings.items():
             ratio = timing.ratio(timings["scan"])
             table.add(name, steps, timing.median * 1e3, ratio)
@@ -186,6 +192,9 @@ def run_at_cap(points: int, candidate: str) -> Callable[[], Any]:
     case = diffusion_case(points)
     if candidate == "scan":
         return partial(case.by_scan(CAP).lower(case.theta).compile(), case.theta)
+    others = peers.unrolled(case.step, case.outer_loss, case.start, CAP)
+    if candidate in others:
+        return partial(others[candidate]().lower(case.theta).compile(), case.theta)
     count = jnp.int32(CAP)
     function = case.by_library(ESTIMATORS[candidate])
     return partial(function.lower(case.theta, count).compile(), case.theta, count)
@@ -199,18 +208,21 @@ def memory(report: Report, points: int) -> None:
     allowed = 2.0 * math.ceil(math.sqrt(CAP)) + 4.0
     table = report.table(
         f"diffusion, n = {points:,}, {CAP} steps: memory beyond arguments and results",
-        "candidate", "states, planned", "states, resident peak", "MB, planned",
+        "candidate", "states, planned", "states, resident peak", "MB, planned", "MB, resident peak",
     )  # fmt: skip
     planned = {"scan": harness.temporary_bytes(case.by_scan(CAP), case.theta)}
+    for name, make in peers.unrolled(case.step, case.outer_loss, case.start, CAP).items():
+        planned[name] = harness.temporary_bytes(make(), case.theta)
     for name, estimator in ESTIMATORS.items():
         function = case.by_library(estimator)
         planned[name] = harness.temporary_bytes(function, case.theta, jnp.int32(CAP))
     for name, size in planned.items():
         resident = harness.peak_growth(run_at_cap, points, name)
-        table.add(name, size / state, resident / state, size / 1e6)
+        table.add(name, size / state, resident / state, size / 1e6, resident / 1e6)
         if name == "checkpoints":
             report.check("diffusion, checkpoints: states planned", size / state, allowed)
             report.check("diffusion, checkpoints: states resident", resident / state, allowed)
+            report.check("diffusion, checkpoints: MB resident", resident / 1e6, 80.0)
 
 
 def benchmark(quick: bool) -> Report:
