@@ -265,6 +265,7 @@ class Comparison:
             final_metric=Spread.of([summary.final_metric for summary in summaries]),
             best_metric=Spread.of([summary.best_metric for summary in summaries]),
             relative_metric=Spread.of([_ratio(run, base) for run, base in pairs if ended]),
+            gradient_noise=Spread.of([_noise(run) for run in runs]),
             primal_iterations=Spread.of([summary.primal_iterations for summary in summaries]),
             adjoint_iterations=Spread.of([summary.adjoint_iterations for summary in summaries]),
             work=Spread.of([summary.work for summary in summaries]),
@@ -302,6 +303,11 @@ class Comparison:
             notes.append(
                 "Timed to the first epoch at the target, for full too, whose own first is often "
                 "before its last."
+            )
+        if any(row.gradient_noise is not None for row in rows):
+            notes.append(
+                "Noise: how far one batch's gradient is from the mean of all, as a part of its "
+                "norm, in the last epoch."
             )
         if any(row.solver_seconds is not None for row in rows):
             notes.append(
@@ -384,6 +390,13 @@ def _ratio(run: Run, base: Run) -> float | None:
     """`None` where the reference is no positive number: a ratio would say nothing."""
     mine, reference = run.summary.final_metric, base.summary.final_metric
     return mine / reference if mine is not None and reference and reference > 0 else None
+
+
+def _noise(run: Run) -> float | None:
+    for last in run.history[-1:]:
+        if last.gradient_noise is not None and last.gradient_norm:
+            return last.gradient_noise / last.gradient_norm
+    return None
 
 
 def _saved(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:

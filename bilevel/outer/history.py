@@ -24,6 +24,10 @@ class Record:
     - `metric`: validation metric after the epoch.
     - `loss`: mean training loss over the updates that were made.
     - `gradient_norm`: mean Euclidean norm of the gradient over these updates.
+    - `gradient_noise`: standard deviation of one batch's gradient about the mean of all, a
+        Euclidean norm like the gradient's, from the distances of the gradients of consecutive
+        batches; θ moves between them, so that large steps make it larger. `None` where an
+        epoch has one batch.
     - `error`: mean estimated truncation error of the gradient (absolute, like its norm);
         `primal_error`, `adjoint_error`: its parts.
     - `updates`: optimizer updates made.
@@ -57,6 +61,7 @@ class Record:
     metric: float | None = None
     loss: float | None = None
     gradient_norm: float | None = None
+    gradient_noise: float | None = None
     error: float | None = None
     primal_error: float | None = None
     adjoint_error: float | None = None
@@ -282,6 +287,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Record], str]], ...] = (
     ("budget", lambda r: text.budget(r.budget_iterations, r.budget_rtol, r.budget_atol)),
     ("loss", lambda r: text.number(r.loss)),
     ("gradient", lambda r: text.number(r.gradient_norm)),
+    ("noise", lambda r: text.number(r.gradient_noise)),
     ("primal", lambda r: text.count(r.primal_iterations)),
     ("adjoint", lambda r: text.count(r.adjoint_iterations)),
     ("residual", lambda r: text.number(r.primal_residual)),

@@ -17,6 +17,8 @@ class Row:
     - `final_metric`, `best_metric`: at the end, and the smallest of a run.
     - `relative_metric`: the final metric over full's, seed by seed; `None` unless all runs
         came to their end.
+    - `gradient_noise`: of one batch's gradient in the last epoch, as a part of its norm; `None`
+        where an epoch has one batch.
     - `primal_iterations`, `adjoint_iterations`, `work`: sums over a run, apart and together.
     - `saved`: part of full's work that a run saves; negative where it does more, `None`
         unless all came to their end, for to give up early is no saving.
@@ -38,6 +40,7 @@ class Row:
     final_metric: Spread | None
     best_metric: Spread | None
     relative_metric: Spread | None
+    gradient_noise: Spread | None
     primal_iterations: Spread | None
     adjoint_iterations: Spread | None
     work: Spread | None

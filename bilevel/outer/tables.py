@@ -27,6 +27,7 @@ def whole_runs(rows: Sequence[Row], task: str, metric_name: str, *, budgets: boo
     def shown(name: str, form: text.Form, head: str) -> Column:
         return Column(head, [_show(getattr(row, name), form) for row in rows])
 
+    noisy = any(row.gradient_noise is not None for row in rows)
     saved = [text.NOTHING if row.policy == _FULL else _part(row.saved) for row in rows]
     return Sheet(
         f"{task}, whole runs",
@@ -34,6 +35,7 @@ def whole_runs(rows: Sequence[Row], task: str, metric_name: str, *, budgets: boo
             Column("policy", names, words=True),
             shown("final_metric", text.number, f"final {metric_name}"),
             shown("relative_metric", text.ratio, "× full"),
+            *([shown("gradient_noise", text.ratio, "noise")] if noisy else []),
             shown("primal_iterations", text.count, "Σ primal"),
             shown("adjoint_iterations", text.count, "Σ adjoint"),
             Column("saved", saved),

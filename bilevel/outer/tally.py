@@ -50,6 +50,7 @@ class Tally:
         self._over_made = np.zeros(len(REPORT))
         self._over_all = np.zeros(len(REPORT))
         self._reported = np.zeros(len(REPORT), dtype=bool)
+        self._squared_noise, self._noises = 0.0, 0
 
     def add(self, report: jax.Array) -> None:
         """Take the report of an update, and read those that are ready."""
@@ -83,6 +84,9 @@ class Tally:
         for name in ("loss", "gradient_norm", *ERRORS):
             value = self.mean(name)
             fields[name] = None if math.isnan(value) else value
+        # Of squares: variances add up, and a root mean square is their standard deviation.
+        noise = math.sqrt(self._squared_noise / self._noises) if self._noises else None
+        fields["gradient_noise"] = noise
         sums = {name: float(self._over_all[_PLACE[name]]) for name in _COUNTS}
         if any(sums.values()):
             # Fed by hand, a probe may not say how many solves there were.
@@ -98,6 +102,10 @@ class Tally:
         self._reported |= np.isfinite(row)
         if row[_PLACE["finite"]]:
             self._over_made += row
+            noise = row[_PLACE["gradient_noise"]]
+            if math.isfinite(noise):
+                self._squared_noise += noise**2
+                self._noises += 1
             self.updates += 1
             self.made += 1
             self._streak = self.streak_failures = 0

@@ -32,6 +32,9 @@ from bilevel.outer.timing import solver_seconds
 from bilevel.outer.update import ERRORS, Report, State
 from bilevel.outer.updater import PartedUpdate, WholeUpdate, compares, measures
 
+_LASTING = ("trained", "optimizer", "memory")
+"""What of a state outlives an epoch."""
+
 
 class NonFiniteStreak(Exception):  # noqa: N818
     """Too many updates in a row were not finite."""
@@ -66,6 +69,8 @@ class Training:
         trained = jax.tree.map(strong, trained)
         state, self._optimizer_static = eqx.partition(optimizer.init(trained), is_array)
         self._state = State(trained, jax.tree.map(strong, state), task.first_memory)
+        if batches_in(task.batches) != 1:
+            self._state = self._state._replace(previous=trained).first()
 
         self._control = Control(
             controller,
@@ -195,6 +200,7 @@ class Training:
         if batches is None:
             batches = self._task.epoch_batches(number, self._key)
         self._tally.begin()
+        self._state = self._state.first()
         if self._comparison is not None:
             self._comparison.begin()
         watch = self._watch()
@@ -350,7 +356,7 @@ class Training:
     def _kept(self) -> PyTree:
         """All that training after this epoch depends on."""
         return {
-            **self._state._asdict(),
+            **{name: getattr(self._state, name) for name in _LASTING},
             "controller": self._control.state,
             "epoch": np.asarray(self._epoch),
         }
@@ -362,7 +368,7 @@ class Training:
         """
         self._control.state = self._control.blank
         kept, self._history = self._archive.restore(self._kept())
-        self._state = State(*(kept[name] for name in State._fields))
+        self._state = self._state._replace(**{name: kept[name] for name in _LASTING})
         self._control.restore(kept["controller"])
         self._epoch = int(kept["epoch"])
         self._work = self._history.work

@@ -1,6 +1,7 @@
 """Update: one step of the outer optimizer, compiled once for all budgets."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -26,7 +27,10 @@ _COUNTS = tuple(field.name for field in dataclasses.fields(Probe))
 ERRORS = ("primal_error", "adjoint_error", "error")
 """The parts of the gradient's truncation error, and the total."""
 
-REPORT = ("finite", "loss", "gradient_norm", *ERRORS, *_COUNTS, "error_applications")
+HEAD = ("finite", "loss", "gradient_noise")
+"""What an update tells of itself; the rest comes with its gradient."""
+
+REPORT = (*HEAD, "gradient_norm", *ERRORS, *_COUNTS, "error_applications")
 """The numbers in a report: whether the update was made, and what it saw."""
 
 
@@ -36,11 +40,21 @@ class State(NamedTuple):
     - `trained`: the trained part of the parameters.
     - `optimizer`: its state.
     - `memory`: of the task.
+    - `previous`: the gradient of the batch before, to see how far batches are apart; NaN
+        where there is none, `None` where nobody looks.
     """
 
     trained: PyTree
     optimizer: PyTree
     memory: PyTree = None
+    previous: PyTree = None
+
+    def first(self) -> "State":
+        """As it is before the first batch of an epoch."""
+        if self.previous is None:
+            return self
+        unknown = jax.tree.map(lambda leaf: leaf * jnp.nan, self.trained)
+        return self._replace(previous=unknown)
 
 
 class Gradient(NamedTuple):
@@ -131,12 +145,21 @@ def make_parts(
             projected = task.projection(eqx.combine(moved, static))
             moved = _like(state.trained, projected, "projection")
         finite = jnp.isfinite(value) & _all_finite(gradient) & _all_finite(moved)
-        head = jnp.stack([finite.astype(real), jnp.asarray(value).astype(real)])
-        after = State(moved, optimizer_state, found.memory)
+        noise = _noise(gradient, state.previous)
+        head = jnp.stack([jnp.asarray(entry).astype(real) for entry in (finite, value, noise)])
+        previous = None if state.previous is None else gradient
+        after = State(moved, optimizer_state, found.memory, previous)
         kept = [_choose(finite, new, old) for new, old in zip(after, state, strict=True)]
         return State(*kept), jnp.concatenate([head, found.numbers])
 
     return differentiate, apply
+
+
+def _noise(gradient: PyTree, previous: PyTree) -> Array | float:
+    """Of a batch's gradient: two of them lie √2 of their standard deviation apart."""
+    if previous is None:
+        return jnp.nan
+    return vector.norm(vector.subtract(gradient, previous)) / math.sqrt(2)
 
 
 Evaluated: TypeAlias = tuple[Array, PyTree, list[Any], list[Any], PyTree]

@@ -122,7 +122,7 @@ Updater = WholeUpdate | PartedUpdate
 def report_of(found: Gradient) -> Report:
     """What was done for a gradient, as the report of an update that was made."""
     dtype = found.numbers.dtype
-    head = jnp.stack([jnp.ones((), dtype), found.value.astype(dtype)])
+    head = jnp.stack([jnp.ones((), dtype), found.value.astype(dtype), jnp.full((), jnp.nan, dtype)])
     return jnp.concatenate([head, found.numbers])
 
 

@@ -44,6 +44,55 @@ def test_one_update_is_the_optimizer_s(train: Train):
     assert run.history[1].gradient_norm == pytest.approx(0.25, rel=1e-14)
 
 
+def noisy_task(batches: Any) -> Task:
+    """A gradient of θ - b in two parameters."""
+
+    def loss(theta: jax.Array, batch: jax.Array, fidelity: Fidelity) -> jax.Array:
+        del fidelity
+        return 0.5 * jnp.sum((theta - batch) ** 2)
+
+    return Task(jnp.zeros(2), loss, batches=batches, optimizer=optax.sgd(0.0), full=Budget(1))
+
+
+@pytest.mark.parametrize("policy", ["full", "auto"])
+def test_the_noise_of_a_batch_s_gradient(policy: str):
+    random = np.random.default_rng(0)
+    batches = jnp.asarray(random.standard_normal((400, 2)) * [3.0, 4.0])
+    task = noisy_task(list(batches))
+    ladder = Ladder.iterations(1, 1, 3)
+    controller = FixedFidelity(Budget(1)) if policy == "full" else bl.AutomaticRefinement(ladder)
+    run = optimize(task, controller=controller, epochs=2, progress=False)
+    # Without a step the distances of neighbours average to √2 of the standard deviation, whose
+    # two parts are 3 and 4; 400 of them know it to 5 %.
+    noise = [record.gradient_noise for record in run.history]
+    assert noise[0] is None
+    assert noise[1] == pytest.approx(5.0, rel=0.1)
+    assert noise[2] == noise[1]  # the last batch of an epoch is no neighbour of the next's first
+    pairs = np.diff(np.asarray(batches), axis=0)
+    assert noise[1] == pytest.approx(np.sqrt(np.mean(np.sum(pairs**2, 1)) / 2), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [None, [jnp.ones(2)], lambda epoch, key: [epoch * jnp.ones(2)]],
+    ids=["none", "list", "callable"],
+)
+def test_one_batch_has_no_noise_that_could_be_told(batches: Any):
+    task = noisy_task([jnp.ones(2)] if batches is None else batches)
+    run = optimize(task, controller=FixedFidelity(Budget(1)), epochs=3, progress=False)
+    assert [record.gradient_noise for record in run.history] == [None] * 4
+
+
+def test_a_skipped_update_has_no_noise():
+    batches = [jnp.array([1.0, 0.0]), jnp.array([jnp.nan, 0.0]), jnp.array([1.0, 2.0])]
+    run = optimize(
+        noisy_task(batches), controller=FixedFidelity(Budget(1)), epochs=1, progress=False
+    )
+    assert run.history[1].nonfinite == 1
+    # The third batch is compared with the first: the second left nothing to compare with.
+    assert run.history[1].gradient_noise == pytest.approx(2.0 / np.sqrt(2.0), rel=1e-6)
+
+
 def test_the_metric_before_training_is_the_first_record(train: Train):
     history = train(epochs=3).history
     assert [record.epoch for record in history] == [0, 1, 2, 3]

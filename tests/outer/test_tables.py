@@ -74,6 +74,18 @@ def test_whole_runs(made_run: MadeRun):
     assert whole["prdp"]["saved"] == "50 %"
 
 
+def test_noise_is_told_where_there_is_some(made_run: MadeRun):
+    noisy = [
+        Record(epoch=0, metric=9.0),
+        Record(epoch=1, metric=2.0, gradient_norm=4.0, gradient_noise=8.0),
+        Record(epoch=2, metric=1.0, gradient_norm=4.0, gradient_noise=3.0),
+    ]
+    made = comparison(full=[made_run(*noisy)], prdp=[made_run(*records(1.0))])
+    whole, _ = cells(made)
+    assert (whole["full"]["noise"], whole["prdp"]["noise"]) == ("0.75", "–")
+    assert any(note.startswith("Noise: ") for note in made.notes)
+
+
 def test_until_the_target(made_run: MadeRun):
     made = comparison(
         full=[made_run(*records(2.0, 1.5, 1.0))],
