@@ -196,10 +196,11 @@ class Runner:
 def nested(problem: Problem, policy: str) -> Course:
     """The library's nested way on all samples at once, under a policy."""
     task = problem.nested()
+    assert task.ladder is not None
     controller = (
         bl.AutomaticRefinement(task.ladder)
-        if policy == "auto" and task.ladder is not None
-        else bl.FixedFidelity(task.full_fidelity)
+        if policy == "auto"
+        else bl.FixedFidelity(task.ladder.finest)
     )
     run = bl.optimize(task, controller=controller, progress=False)
     work = np.cumsum([0 if record.work is None else record.work for record in run.history])

@@ -10,7 +10,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -202,7 +202,7 @@ class Remote:
 @contextmanager
 def beside(
     make: Callable[..., Mapping[str, Callable[[], Any]]], *arguments: Any
-) -> Iterator[dict[str, Remote]]:
+) -> Generator[dict[str, Remote]]:
     """Candidates of another framework, in a process of their own that waits between calls.
 
     **Arguments:**

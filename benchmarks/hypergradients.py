@@ -96,7 +96,9 @@ class Race:
         report.say(self.name)
         theta = self.problem.theta
         steps = self.step_size, self.inner, self.adjoint
-        made = {name: partial(make(), theta) for name, make in self.makers.items()}
+        made: dict[str, Callable[[], Any]] = {
+            name: partial(make(), theta) for name, make in self.makers.items()
+        }
         with contextlib.ExitStack() as stack:
             if self.limit is not None:
                 made["SciPy by hand"] = handwritten.by_scipy(self.problem, *steps)
@@ -130,7 +132,7 @@ class Race:
             return
         ratio = timings["library"].ratio(timings["by hand"])
         report.check(f"{self.name}: time of by hand", ratio, self.limit)
-        for name in [name for name in made if name not in {"library", "by hand"}]:
+        for name in [name for name in made if "by hand" not in name and name != "library"]:
             ratio = timings["library"].ratio(timings[name])
             report.check(f"{self.name}: time of {name}", ratio, 1.0)
         ratio = first["library"].ratio(first["by hand"])
