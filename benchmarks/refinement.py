@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 import bilevel as bl
 from benchmarks.harness import Report, Timing
+from benchmarks.learning import learning
 from benchmarks.problems import Stencil
 
 TRUTH = 2.0
@@ -277,7 +278,7 @@ def _tabulate(
 
 
 def benchmark(quick: bool) -> Report:
-    """Published setting at 30 unknowns, and 256² (64² quickly)."""
+    """Published setting at 30 unknowns, 256² (64² quickly), and policies on learning tasks."""
     report = Report("refinement")
     errors = (1e-3, 1e-4) if quick else (1e-3, 1e-4, 1e-5)
     limit = None if quick else 1.0
@@ -287,4 +288,5 @@ def benchmark(quick: bool) -> Report:
     sine, local = square_inverses(points)
     compare(report, sine, errors, counts, 1 if quick else 3, None)
     compare(report, local, errors, counts, 1 if quick else 3, None if quick else 0.7)
+    learning(report, quick)
     return report
