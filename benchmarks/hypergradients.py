@@ -16,7 +16,7 @@ from benchmarks import handwritten, harness, peers, problems, torch_peers
 from benchmarks.handwritten import AnyProblem, Hypergradient
 from benchmarks.harness import Report
 from benchmarks.problems import Logistic, PoissonControl, Ridge
-from benchmarks.same_work import same_work
+from benchmarks.same_work import error_against_work, same_work
 
 
 def inner_problem(problem: AnyProblem) -> bl.InnerProblem:
@@ -316,6 +316,7 @@ def benchmark(quick: bool) -> Report:
     for race in races(quick):
         race.run(report, 5 if quick else 15, 1 if quick else 5, held=not quick)
     same_work(report, all_problems(quick))
+    error_against_work(report, all_problems(quick))
     defaults(report, quick)
     against_cholesky(report, quick)
     return report

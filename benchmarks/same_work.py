@@ -82,6 +82,31 @@ def by_library(problem: AnyProblem, step_size: float, estimator: bl.Estimator) -
     return hypergradient
 
 
+WORK = (10, 30, 100, 300, 1000)
+"""Steps of descent, and as many for the adjoint."""
+
+
+def error_against_work(report: Report, problems: dict[str, AnyProblem]) -> None:
+    """Errors of the hypergradients as primal and adjoint go further; Unrolled at most 1,000."""
+    table = report.table(
+        "Relative error of the hypergradient after K steps of descent, and K for the adjoint",
+        "problem",
+        "estimator",
+        *(f"K = {count:,}" for count in WORK),
+    )
+    for name, problem in problems.items():
+        _, exact = problem.exact()
+        for pair in pairs():
+            report.say(f"{name}, {pair.name}: error against work")
+            estimator = pair.estimator
+            if isinstance(estimator, bl.Unrolled):
+                estimator = bl.Unrolled(max_iterations=max(WORK))
+            library = by_library(problem, 1.0 / problem.lipschitz, estimator)
+            found = [library(problem.theta, _traced(count), _traced(count))[1] for count in WORK]
+            errors = [float(np.linalg.norm(g - exact) / np.linalg.norm(exact)) for g in found]
+            table.add(name, pair.name, *errors)
+
+
 def _traced(iterations: int, rtol: float = 0.0) -> bl.Budget:
     return bl.Budget(iterations=jnp.int32(iterations), rtol=jnp.asarray(rtol))
 
