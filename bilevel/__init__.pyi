@@ -18,11 +18,15 @@ from .evaluation import hypergradient as hypergradient
 from .evaluation import truncation_error as truncation_error
 from .inner_solve import solve as solve
 from .operator import LinearOperator as LinearOperator
+from .outer.archive import NotKeptError as NotKeptError
+from .outer.archive import ResumeError as ResumeError
 from .outer.callbacks import Callback as Callback
 from .outer.callbacks import Event as Event
 from .outer.callbacks import Patience as Patience
 from .outer.callbacks import Target as Target
 from .outer.callbacks import TimeLimit as TimeLimit
+from .outer.checkpoints.owner import DirectoryInUseError as DirectoryInUseError
+from .outer.checkpoints.settings import Checkpoints as Checkpoints
 from .outer.compare import compare as compare
 from .outer.comparison import Comparison as Comparison
 from .outer.history import History as History

@@ -14,10 +14,11 @@ from bilevel.cli.training import (
 )
 from bilevel.outer.archive import ResumeError
 from bilevel.outer.assignment import controller_for, default_policy
+from bilevel.outer.checkpoints.store import has_checkpoints
 from bilevel.outer.optimize import NonFiniteError, optimize
 from bilevel.outer.policy import parse_policy
-from bilevel.outer.run import CHECKPOINT_FILE, holds_run
 from bilevel.outer.run import INTERRUPTED as STATUS_INTERRUPTED
+from bilevel.outer.run import holds_run
 
 
 def run(options: argparse.Namespace) -> int:
@@ -42,8 +43,8 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(str(error)) from error
     directory = directory_for(options, f"{task.name}-{policy.text}")
     if directory is not None:
-        if options.resume and not (directory / CHECKPOINT_FILE).is_file():
-            msg = f"{directory} holds no run to go on with: there is no {CHECKPOINT_FILE} in it."
+        if options.resume and not has_checkpoints(directory):
+            msg = f"{directory} holds no run to go on with: there are no checkpoints in it."
             raise UsageError(msg)
         if holds_run(directory) and not (options.overwrite or options.resume):
             msg = f"{directory} holds a run already; add --overwrite or --resume, or name another."

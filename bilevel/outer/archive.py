@@ -1,128 +1,256 @@
 """Archive: the directory that a run keeps itself in while it goes on."""
 
+import dataclasses
 import json
+import os
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
 from jaxtyping import PyTree
 
-from bilevel.outer.checkpoint import fitted, read_arrays, save_arrays
-from bilevel.outer.fingerprint import differences, some
-from bilevel.outer.history import History, HistoryWriter, Record
-from bilevel.outer.run import (
-    CHECKPOINT_FILE,
-    HISTORY_FILE,
-    SUMMARY_FILE,
-    THETA_FILE,
-    Run,
-)
-
-_SECONDS_BETWEEN_CHECKPOINTS = 60.0
-
-
-_FINGERPRINT = "begun_with"
+from bilevel.outer.checkpoints.owner import Owner
+from bilevel.outer.checkpoints.settings import Checkpoints
+from bilevel.outer.checkpoints.store import Moment, OtherRunError, Store
+from bilevel.outer.history import History, Record, encode
+from bilevel.outer.run import HISTORY_FILE, SUMMARY_FILE, THETA_FILE, Run
 
 
 class ResumeError(ValueError):
     """A run cannot be gone on with: its files are damaged, or it is a run of something else."""
 
 
+class NotKeptError(OSError):
+    """A run could not be written to its directory when it ended.
+
+    - `run`: what was done, in memory.
+    """
+
+    def __init__(self, message: str, run: Run):
+        super().__init__(message)
+        self.run = run
+
+
+class Mark(NamedTuple):
+    """A moment from which training can go on.
+
+    - `place`: epochs finished, and updates made in the one under way.
+    - `state`: makes the pytree of arrays to keep; called where it is needed.
+    - `metric`: after the last finished epoch.
+    - `records`: bytes of history that belong to it.
+    """
+
+    place: Moment
+    state: Callable[[], PyTree]
+    metric: float | None
+    records: int = 0
+
+
 class Archive:
-    """Keeps a run: each record at once, a checkpoint every minute and at the end.
+    """Keeps a run: each record at once, and checkpoints as often as is asked for.
+
+    What cannot be written while the run goes on is said, and tried again: only at the end is it
+    an error.
 
     **Arguments:**
 
     - `directory`: made if it does not exist; `None` keeps nothing.
     - `begun_with`: fingerprint of the run, kept with every checkpoint.
+    - `checkpoints`: how often, and how many.
     """
 
-    def __init__(self, directory: Path | None, begun_with: dict[str, str]):
+    def __init__(
+        self, directory: Path | None, begun_with: dict[str, str], checkpoints: Checkpoints
+    ):
         self.directory = directory
-        self._begun_with = begun_with
-        self._writer: HistoryWriter | None = None
-        self._state: PyTree = None
+        self._settings = checkpoints
+        self._store = None if directory is None else Store(directory, begun_with, checkpoints.last)
+        self._owner: Owner | None = None
+        self._history: int | None = None
+        self._lines = bytearray()
+        self._flushed = 0
+        self._saved = time.monotonic()
+        self._best: tuple[float, Moment] | None = None
+        self._better: Mark | None = None
+        self._say: Callable[[str], None] = _warn
+        self._complained = False
+        self._damage: list[str] = []
+
+    def claim(self) -> None:
+        """Own the directory until `release`.
+
+        **Raises:** `DirectoryInUseError`.
+        """
+        if self.directory is not None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._owner = Owner(self.directory)
+
+    def release(self) -> None:
+        """Leave the directory to others."""
+        if self._owner is not None:
+            self._owner.release()
+            self._owner = None
+
+    def open(self, history: History, say: Callable[[str], None]) -> None:
+        """Begin, with the records of an earlier part of the run or none.
+
+        **Arguments:**
+
+        - `history`: of the earlier part.
+        - `say`: tells what must not be missed.
+        """
+        if self.directory is None or self._store is None:
+            return
+        self._say = say
+        for line in self._damage:
+            say(line)
+        if history:
+            self._store.set_aside()
+            self._best = self._store.best()
+        else:
+            # What was there would outlive a run that ends before it saves, and look like it.
+            for name in (THETA_FILE, SUMMARY_FILE, HISTORY_FILE):
+                (self.directory / name).unlink(missing_ok=True)
+            self._store.clear()
+        self._lines = bytearray(b"".join(_line(record) for record in history))
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        self._history = os.open(self.directory / HISTORY_FILE, flags, 0o644)
+        self._flush()
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for a checkpoint."""
+        waited = time.monotonic() - self._saved
+        return self._history is not None and waited >= self._settings.seconds
+
+    @property
+    def records(self) -> int:
+        """Bytes of history so far."""
+        return len(self._lines)
+
+    def add(self, record: Record) -> None:
+        """Keep a record."""
+        if self._history is not None:
+            self._lines += _line(record)
+            self._flush()
+
+    def ended_epoch(self, mark: Mark) -> None:
+        """Look whether an epoch ended better than all before it, and save if that is due."""
+        if self._history is None:
+            return
+        if self._settings.best and mark.metric is not None and mark.metric == mark.metric:
+            lowest = self._better.metric if self._better is not None else None
+            if lowest is None and self._best is not None:
+                lowest = self._best[0]
+            if lowest is None or mark.metric < lowest:
+                # Kept in memory until a checkpoint is due: a metric may fall in every epoch.
+                self._better = mark._replace(state=_once(mark.state))
+        if self.due:
+            self.save(mark)
+
+    def save(self, mark: Mark) -> None:
+        """Write a checkpoint; what goes wrong is said."""
+        try:
+            self._save(mark)
+        except OSError as error:
+            self._say(f"a checkpoint could not be written, and is tried again: {_words(error)}")
+        # Also where it failed: a full disk should not be tried at every update.
         self._saved = time.monotonic()
 
-    def open(self, history: History) -> None:
-        """Begin, with the records of an earlier part of the run or none."""
-        if self.directory is None:
-            return
-        self.directory.mkdir(parents=True, exist_ok=True)
-        if not history:
-            # What was there would outlive a run that ends before it saves, and look like it.
-            for name in (THETA_FILE, SUMMARY_FILE, CHECKPOINT_FILE):
-                (self.directory / name).unlink(missing_ok=True)
-        self._writer = HistoryWriter(self.directory / HISTORY_FILE, history)
+    def close(self, run: Run, mark: Mark) -> None:
+        """Keep the run as it ended.
 
-    def add(self, record: Record, state: PyTree) -> None:
-        """Keep a record and, now and then, the state it was left in.
-
-        **Arguments:**
-
-        - `record`: of the epoch.
-        - `state`: pytree of arrays from which training can go on after this epoch.
+        **Raises:** [`NotKeptError`][] naming file and cause.
         """
-        if self._writer is None:
+        if self._history is None or self.directory is None:
             return
-        self._writer.write(record)
-        self._state = state
-        if time.monotonic() - self._saved >= _SECONDS_BETWEEN_CHECKPOINTS:
-            self._save_checkpoint()
+        try:
+            self._write()
+            run.save(self.directory)
+            self._save(mark)
+        except OSError as error:
+            msg = f"the run could not be kept: {_words(error)}"
+            raise NotKeptError(msg, run) from error
+        finally:
+            os.close(self._history)
+            self._history = None
 
-    def close(self, run: Run) -> None:
-        """Keep the run as it ended."""
-        if self._writer is None or self.directory is None:
-            return
-        self._writer.close()
-        run.save(self.directory)
-        self._save_checkpoint()
-
-    def restore(self, like: PyTree) -> tuple[PyTree, History]:
-        """The last checkpoint, and the records up to it.
+    def restore(self, like: Callable[[Moment], PyTree]) -> tuple[Moment, PyTree, History]:
+        """The newest checkpoint that is whole, and the records up to it.
 
         **Arguments:**
 
-        - `like`: a state of the same structure, with an `epoch`.
+        - `like`: from a place to a state of the same structure.
 
         **Raises:** [`ResumeError`][] if the run was begun with something else, so far as
         that can be seen, or if its files cannot be read.
         """
-        assert self.directory is not None
+        assert self._store is not None
         try:
-            arrays = read_arrays(self.directory / CHECKPOINT_FILE)
-            self._compare(arrays.pop(_FINGERPRINT, None))
-            state = fitted(self.directory / CHECKPOINT_FILE, arrays, like)
-            history = History.read(self.directory / HISTORY_FILE)
-        except ResumeError:
-            raise
+            found = self._store.newest(like, strict=self._settings.strict)
+            history = History.decode(found.history, HISTORY_FILE)
+        except OtherRunError as error:
+            msg = (
+                f"optimize: {self.directory} holds a run of something else: {error}. Go on with "
+                "what it was begun with, or begin anew in another directory."
+            )
+            raise ResumeError(msg) from None
         except (OSError, ValueError) as error:
             msg = f"optimize: cannot go on with the run in {self.directory}: {error}"
             raise ResumeError(msg) from error
-        kept, epoch = history[: int(state["epoch"]) + 1], int(state["epoch"])
-        if not kept or kept[-1].epoch != epoch:
-            msg = (
-                f"optimize: cannot go on with the run in {self.directory}: its checkpoint is of "
-                f"epoch {epoch}, which its {HISTORY_FILE} does not hold."
-            )
-            raise ResumeError(msg)
-        return state, kept
+        self._damage = [f"{line}; the one before is taken" for line in found.damaged]
+        return found.place, found.state, history
 
-    def _compare(self, stored: np.ndarray | None) -> None:
-        if stored is None:
-            different = [f"{CHECKPOINT_FILE} does not say what the run was begun with"]
-        else:
-            different = differences(json.loads(stored.tobytes()), self._begun_with)
-        if different:
-            msg = (
-                f"optimize: {self.directory} holds a run of something else: {some(different)}. Go "
-                "on with what it was begun with, or begin anew in another directory."
-            )
-            raise ResumeError(msg)
+    def _save(self, mark: Mark) -> None:
+        assert self._store is not None
+        better = self._better
+        if better is not None and better.place != mark.place:
+            self._keep(better)
+        self._keep(mark)
+        if better is not None and better.metric is not None:
+            self._best, self._better = (better.metric, better.place), None
+        self._complained = False
+        try:
+            self._store.prune(self._best[1] if self._best and self._settings.best else None)
+        except OSError as error:
+            self._say(f"an old checkpoint could not be removed: {_words(error)}")
 
-    def _save_checkpoint(self) -> None:
-        if self.directory is not None and self._state is not None:
-            begun_with = np.frombuffer(json.dumps(self._begun_with).encode(), np.uint8)
-            # One file, so that a state is never read with the fingerprint of another run.
-            save_arrays(self.directory / CHECKPOINT_FILE, {**self._state, _FINGERPRINT: begun_with})
-            self._saved = time.monotonic()
+    def _keep(self, mark: Mark) -> None:
+        assert self._store is not None
+        lines = bytes(self._lines[: mark.records])
+        self._store.save(mark.place, mark.state(), lines, mark.metric)
+
+    def _flush(self) -> None:
+        try:
+            self._write()
+        except OSError as error:
+            if not self._complained:
+                self._say(f"the history could not be written, and is tried again: {_words(error)}")
+            self._complained = True
+
+    def _write(self) -> None:
+        """Append what is not on disk yet; what a failed write left there is written over."""
+        assert self._history is not None
+        while self._flushed < len(self._lines):
+            rest = self._lines[self._flushed :]
+            self._flushed += os.pwrite(self._history, rest, self._flushed)
+
+
+def _line(record: Record) -> bytes:
+    return json.dumps(encode(dataclasses.asdict(record)), allow_nan=False).encode() + b"\n"
+
+
+def _once(make: Callable[[], Any]) -> Callable[[], Any]:
+    made = make()
+    return lambda: made
+
+
+def _words(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)

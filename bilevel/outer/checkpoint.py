@@ -1,5 +1,6 @@
 """Pytrees on disk: an .npz archive with the path of each leaf as its name, no pickle."""
 
+import io
 import os
 import zipfile
 from collections import Counter
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
+
+from bilevel.outer.checkpoints.durable import write_file
 
 ROOT = "value"
 """Name of the only leaf of a pytree that is one array."""
@@ -35,14 +38,13 @@ def save_arrays(path: str | os.PathLike[str], tree: PyTree) -> None:
     {'w': array([1., 1.])}
     >>> folder.cleanup()
     """
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as archive:
         for name, leaf in named_arrays(tree).items():
             array, tag = _to_numpy(leaf)
             with archive.open(f"{name}{tag}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, array, allow_pickle=False)
-    partial.replace(path)
+    write_file(Path(path), content.getvalue())
 
 
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -128,8 +130,13 @@ def _is_key(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+def plain_array(leaf: Any) -> np.ndarray:
+    """An array of JAX or NumPy as one of NumPy; of random keys, their bits."""
+    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+
+
 def _to_numpy(leaf: Any) -> tuple[np.ndarray, str]:
-    array = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+    array = plain_array(leaf)
     if array.dtype.isbuiltin == 1:
         return array, ""
     # numpy's format knows no bfloat16 or float8: store the bits and name the dtype.

@@ -13,13 +13,14 @@ import optax
 from bilevel.outer import text
 from bilevel.outer.assignment import controller_for, default_policy
 from bilevel.outer.callbacks import AnyCallback
+from bilevel.outer.checkpoints.store import remove_checkpoints
 from bilevel.outer.comparison import COMPARISON_FILE, FULL, Candidate, Comparison
 from bilevel.outer.limits import limits
 from bilevel.outer.machine import machine
 from bilevel.outer.optimize import NonFiniteError, optimize
 from bilevel.outer.policy import Policy, parse_policies, parse_policy
 from bilevel.outer.progress import Reporter
-from bilevel.outer.run import CHECKPOINT_FILE, INTERRUPTED, Run, holds_run
+from bilevel.outer.run import INTERRUPTED, Run, holds_run
 from bilevel.outer.search import cheapest_level
 from bilevel.outer.settings import ComparisonSettings, validated
 from bilevel.outer.spread import Spread
@@ -316,7 +317,7 @@ def _renamed(run: Run, name: str, directory: Path | None) -> Run:
     run = dataclasses.replace(run, summary=dataclasses.replace(run.summary, policy=name))
     if directory is None:
         return dataclasses.replace(run, directory=None)
-    (directory / CHECKPOINT_FILE).unlink(missing_ok=True)
+    remove_checkpoints(directory)
     run.save(directory)
     return dataclasses.replace(run, directory=directory)
 

@@ -45,11 +45,6 @@ class GradientComparison:
         self._compares = compares(controller)
         self._update = update
         self._tally = tally
-        self._previous: PyTree = None
-
-    def begin(self) -> None:
-        """Begin an epoch: what was before it is not looked at, so that a run can be resumed."""
-        self._previous = None
 
     def found(self, control: Control, state: State, batch: Any) -> tuple[Gradient, Place]:
         """The gradient to make a step with, and where it was computed.
@@ -69,7 +64,6 @@ class GradientComparison:
             self._tally.spend(report_of(found))
             place = Place(state, batch, control.fidelity)
             found = self._update.found(*place)
-        self._previous = found.gradient
         return found, place
 
     def differences(self, state: PyTree, place: Place, gradient: PyTree) -> Differences | None:
@@ -87,8 +81,8 @@ class GradientComparison:
         )
         # Two batches lie √2 of their noise apart; what θ moved between them is small.
         noise = np.float32(np.nan)
-        if self._previous is not None:
-            noise = self._distance(gradient, self._previous) / np.float32(math.sqrt(2))
+        if place.state.previous is not None:
+            noise = self._distance(gradient, place.state.previous) / np.float32(math.sqrt(2))
         return Differences(self._distance(coarse, middle), self._distance(middle, fine), noise)
 
     def error(self, state: PyTree, place: Place, gradient: PyTree) -> MeasuredError:

@@ -195,8 +195,16 @@ class History(Sequence[Record]):
 
         **Raises:** `FileNotFoundError`; `ValueError` with the number of a bad line.
         """
+        return cls.decode(Path(path).read_bytes(), path)
+
+    @classmethod
+    def decode(cls, content: bytes, path: str | os.PathLike[str]) -> Self:
+        """Read the content of such a file; `path` is for messages.
+
+        **Raises:** `ValueError` with the number of a bad line.
+        """
         try:
-            lines = Path(path).read_text(encoding="utf-8").split("\n")
+            lines = content.decode("utf-8").split("\n")
         except UnicodeDecodeError as error:
             msg = f"{path}: not a bilevel history: {error}"
             raise ValueError(msg) from error

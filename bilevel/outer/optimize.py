@@ -6,10 +6,12 @@ from typing import Any
 
 import optax
 
+from bilevel.outer.archive import NotKeptError
 from bilevel.outer.callbacks import AnyCallback, as_callbacks
+from bilevel.outer.checkpoints.settings import Checkpoints
+from bilevel.outer.checkpoints.store import has_checkpoints
 from bilevel.outer.progress import Reporter, reporter
 from bilevel.outer.run import (
-    CHECKPOINT_FILE,
     COMPLETED,
     FAILED,
     INTERRUPTED,
@@ -22,6 +24,7 @@ from bilevel.outer.settings import LoopSettings, validated
 from bilevel.outer.task import Task, check_parts
 from bilevel.outer.training import NonFiniteStreak, Training
 from bilevel.refinement.fixed import FixedFidelity
+from bilevel.signature import brief
 
 
 class NonFiniteError(RuntimeError):
@@ -58,6 +61,7 @@ def optimize(
     resume: bool = False,
     label: str | None = None,
     time_solver: bool = False,
+    checkpoints: Checkpoints | None = None,
 ) -> Run:
     """Train a task's parameters, at the fidelity a controller asks for.
 
@@ -76,7 +80,8 @@ def optimize(
     - `controller`: decides the fidelity; by default the task's own, else the full solve.
     - `epochs`: how many in all; the task's by default.
     - `directory`: where to keep `history.jsonl` (written after every epoch),
-        `theta.npz`, `summary.json` and `checkpoint.npz`; `None` keeps nothing.
+        `theta.npz`, `summary.json` and checkpoints; `None` keeps nothing. One run at a time
+        has a directory.
     - `seed`: of the random keys that batches get, >= 0.
     - `callbacks`: [`Callback`][] objects, or functions called with an [`Event`][] after
         every epoch; one, or a sequence of them.
@@ -94,13 +99,16 @@ def optimize(
     - `time_solver`: whether to find out after the run how much of its time the solves took,
         by some more updates whose results are dropped: at most a twentieth of its wall time,
         in no other figure of the run. It is the summary's `solver_seconds`.
+    - `checkpoints`: how often they are written and how many are kept; by default every minute, the
+        last two and the best.
 
     **Returns:** the run: parameters, history, summary.
 
-    **Raises:** [`NonFiniteError`][] when the run is given up; `ResumeError`, a
-    `ValueError`, if the run in `directory` was begun with something else; `FileExistsError` if the
-    directory holds a run; `TypeError` or `ValueError` naming the argument; what the task's
-    own functions raise, after saving what was done.
+    **Raises:** [`NonFiniteError`][] when the run is given up; `ResumeError`, a `ValueError`, if
+    the run in `directory` was begun with something else; `FileExistsError` if the directory
+    holds a run; `DirectoryInUseError` if another process has it; `NotKeptError`, which has the
+    run, if it could not be written at the end; `TypeError` or `ValueError` naming the argument;
+    what the task's own functions raise, after saving what was done.
 
     >>> import bilevel as bl, optax
     >>> def loss(theta, batch, fidelity):
@@ -139,6 +147,7 @@ def optimize(
         optimizer,
         controller,
         settings,
+        _checkpoints(checkpoints),
         as_callbacks(callbacks),
         reporter(progress),
         label or type(controller).__name__,
@@ -147,7 +156,14 @@ def optimize(
 
 
 def _guarded(training: Training, *, time_solver: bool) -> Run:
-    """Train, and keep what was done however it ends."""
+    """Train, and keep what was done however it ends; the directory is this run's meanwhile."""
+    with training.owning():
+        # Who waited for the directory may find another run in it than when it was looked at.
+        _check_directory(training.settings)
+        return _kept(training, time_solver=time_solver)
+
+
+def _kept(training: Training, *, time_solver: bool) -> Run:
     if training.resumes:
         # A refusal comes before anything of this run is kept or said.
         training.restore()
@@ -159,7 +175,10 @@ def _guarded(training: Training, *, time_solver: bool) -> Run:
         run = training.end(NONFINITE, str(streak))
         raise NonFiniteError(str(streak), run) from None
     except BaseException as error:
-        training.end(FAILED, f"{type(error).__name__} {training.place}: {error}")
+        try:
+            training.end(FAILED, f"{type(error).__name__} {training.place}: {error}")
+        except NotKeptError as second:
+            error.add_note(str(second))
         raise
     reason = training.stop_reason
     run = training.end(COMPLETED if reason is None else STOPPED, reason or "")
@@ -172,6 +191,13 @@ def _timed(run: Run, training: Training) -> Run:
         return run.with_summary(solver_seconds=training.solver_seconds())
     except KeyboardInterrupt:
         return run.with_summary(status=INTERRUPTED, message="interrupted after the last epoch")
+
+
+def _checkpoints(given: Any) -> Checkpoints:
+    if given is None or isinstance(given, Checkpoints):
+        return Checkpoints() if given is None else given
+    msg = f"optimize: checkpoints should be a bl.Checkpoints, got {brief(given)}."
+    raise TypeError(msg)
 
 
 def _checked(task: Any) -> Task:
@@ -209,9 +235,9 @@ def _controller(task: Task, controller: Any | None) -> Any:
 def _check_directory(settings: LoopSettings) -> None:
     directory = settings.directory
     if settings.resume:
-        if directory is None or not (directory / CHECKPOINT_FILE).is_file():
+        if directory is None or not has_checkpoints(directory):
             msg = (
-                f"optimize: resume needs a directory with a {CHECKPOINT_FILE}, got {directory}. "
+                f"optimize: resume needs a directory with a run's checkpoints, got {directory}. "
                 "Leave resume out to begin."
             )
             raise FileNotFoundError(msg)

@@ -14,13 +14,14 @@ from rich.table import Table
 
 from bilevel.outer import text
 from bilevel.outer.checkpoint import load_arrays, read_arrays, save_arrays
+from bilevel.outer.checkpoints.durable import write_file
 from bilevel.outer.history import History, decode_number, encode
 from bilevel.outer.versions import versions
 
 HISTORY_FILE = "history.jsonl"
 THETA_FILE = "theta.npz"
 SUMMARY_FILE = "summary.json"
-CHECKPOINT_FILE = "checkpoint.npz"
+CHECKPOINTS_FOLDER = "checkpoints"
 
 COMPLETED = "completed"
 STOPPED = "stopped"
@@ -236,12 +237,12 @@ class Run:
 
 
 def _save_summary(directory: Path, summary: Summary) -> None:
-    (directory / SUMMARY_FILE).write_text(summary.to_json() + "\n", encoding="utf-8")
+    write_file(directory / SUMMARY_FILE, f"{summary.to_json()}\n".encode())
 
 
 def holds_run(directory: Path) -> bool:
     """Whether a directory has files of a run."""
-    names = (HISTORY_FILE, THETA_FILE, SUMMARY_FILE, CHECKPOINT_FILE)
+    names = (HISTORY_FILE, THETA_FILE, SUMMARY_FILE, CHECKPOINTS_FOLDER)
     return any((directory / name).exists() for name in names)
 
 

@@ -2,6 +2,8 @@
 
 import math
 from collections import deque
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,6 +14,16 @@ _PLACE = {name: place for place, name in enumerate(REPORT)}
 _COUNTS = tuple(REPORT[REPORT.index("solves") :])
 _WORK = tuple(name for name in _COUNTS if name.endswith(("iterations", "applications")))
 _RESIDUALS = ("primal_residual", "adjoint_residual")
+
+
+class Mark(NamedTuple):
+    """A tally at some moment."""
+
+    counts: list[int]
+    inner: list[int]
+    sums: list[Any]
+    reported: np.ndarray
+    waiting: tuple[jax.Array, ...]
 
 
 class Tally:
@@ -51,6 +63,44 @@ class Tally:
         self._over_all = np.zeros(len(REPORT))
         self._reported = np.zeros(len(REPORT), dtype=bool)
         self._squared_noise, self._noises = 0.0, 0
+
+    def mark(self) -> "Mark":
+        """All there is so far, to return to; costs next to nothing."""
+        return Mark(
+            [self.updates, self.nonfinite, self.made, self.longest, self.streak_failures],
+            [self._streak, self._noises],
+            [self._over_made.copy(), self._over_all.copy(), np.float64(self._squared_noise)],
+            self._reported.copy(),
+            tuple(self._waiting),
+        )
+
+    def return_to(self, mark: "Mark") -> None:
+        """As it was then."""
+        (self.updates, self.nonfinite, self.made, self.longest, self.streak_failures) = mark.counts
+        self._streak, self._noises = mark.inner
+        self._over_made, self._over_all = (part.copy() for part in mark.sums[:2])
+        self._squared_noise = float(mark.sums[2])
+        self._reported = mark.reported.copy()
+        self._waiting = deque(mark.waiting)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """For a checkpoint; waits for the updates under way."""
+        self.finish()
+        mark = self.mark()
+        return {
+            "counts": np.array([*mark.counts, *mark.inner], np.int64),
+            "sums": np.stack(mark.sums[:2]),
+            "squared_noise": np.asarray(mark.sums[2], np.float64),
+            "reported": mark.reported,
+        }
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """From a checkpoint."""
+        counts = [int(count) for count in np.asarray(arrays["counts"])]
+        made, over_all = np.asarray(arrays["sums"], np.float64)
+        sums = [made, over_all, np.float64(np.asarray(arrays["squared_noise"]))]
+        reported = np.asarray(arrays["reported"], bool)
+        self.return_to(Mark(counts[:5], counts[5:], sums, reported, ()))
 
     def add(self, report: jax.Array) -> None:
         """Take the report of an update, and read those that are ready."""

@@ -4,8 +4,9 @@ import itertools
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -13,9 +14,11 @@ import numpy as np
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
-from bilevel.outer.archive import Archive
+from bilevel.outer.archive import Archive, Mark
 from bilevel.outer.callbacks import Callback, Event
 from bilevel.outer.checkpoint import is_array
+from bilevel.outer.checkpoints.settings import Checkpoints
+from bilevel.outer.checkpoints.store import Moment
 from bilevel.outer.control import Control, strong
 from bilevel.outer.executable import Executable
 from bilevel.outer.fingerprint import fingerprint
@@ -26,11 +29,24 @@ from bilevel.outer.metric import real_number, widened
 from bilevel.outer.progress import Reporter, Silence, batches_in
 from bilevel.outer.run import Run, summarize
 from bilevel.outer.settings import LoopSettings
+from bilevel.outer.tally import Mark as TallyMark
 from bilevel.outer.tally import Tally
 from bilevel.outer.task import Task
 from bilevel.outer.timing import solver_seconds
 from bilevel.outer.update import ERRORS, Report, State
 from bilevel.outer.updater import PartedUpdate, WholeUpdate, compares, measures
+
+
+class _Passed(NamedTuple):
+    """A moment between two updates."""
+
+    place: Moment
+    state: State
+    controller: PyTree
+    tally: TallyMark
+    metric: Any
+    records: int
+
 
 _LASTING = ("trained", "optimizer", "memory")
 """What of a state outlives an epoch."""
@@ -52,12 +68,13 @@ class Training:
         optimizer: optax.GradientTransformation,
         controller: Any,
         settings: LoopSettings,
+        checkpoints: Checkpoints,
         callbacks: Sequence[Callback],
         progress: Reporter,
         label: str,
     ):
         self._task = task
-        self._settings = settings
+        self.settings = settings
         self._callbacks = callbacks
         self._progress = progress
         self._label = label
@@ -91,7 +108,7 @@ class Training:
 
         self._history = History()
         begun_with = fingerprint(task, optimizer, controller, settings.seed)
-        self._archive = Archive(settings.directory, begun_with)
+        self._archive = Archive(settings.directory, begun_with, checkpoints)
         self._batches: Iterator[Any] | None = None
         self._epoch = self._batch = 0
         self._work: int | None = None
@@ -102,6 +119,20 @@ class Training:
         self._stop_reason: str | None = None
         self._objected = False
         self._epochs_skipping = 0
+        self._passed: _Passed
+        self._pass()
+
+    @contextmanager
+    def owning(self) -> Generator[None]:
+        """The directory is this run's, and nobody else's.
+
+        **Raises:** `DirectoryInUseError`.
+        """
+        self._archive.claim()
+        try:
+            yield
+        finally:
+            self._archive.release()
 
     @property
     def stop_reason(self) -> str | None:
@@ -111,7 +142,7 @@ class Training:
     @property
     def resumes(self) -> bool:
         """Whether it goes on with a run that its directory holds."""
-        return self._settings.resume
+        return self.settings.resume
 
     @property
     def place(self) -> str:
@@ -127,11 +158,11 @@ class Training:
         self._started = time.perf_counter()
         self._progress.start(
             f"{self._task.name}, {self._label}",
-            self._settings.epochs,
+            self.settings.epochs,
             self._task.metric_name,
             self._epoch,
         )
-        self._archive.open(self._history)
+        self._archive.open(self._history, self._tell)
         self._prepare()
         if not self._history:
             seconds = self._validate()
@@ -139,12 +170,15 @@ class Training:
             self._record(validation_seconds=seconds)
             self._object()
         self._call(lambda callback, event: callback.start(event))
-        while self._epoch < self._settings.epochs and self._stop_reason is None:
+        while self._epoch < self.settings.epochs and self._stop_reason is None:
             self._train_epoch()
             self._call(lambda callback, event: callback.epoch(event))
 
     def end(self, status: str, message: str) -> Run:
-        """Close, and keep what was done so far."""
+        """Close, and keep what was done so far.
+
+        **Raises:** `NotKeptError`.
+        """
         self._tally.finish()
         summary = summarize(
             self._history,
@@ -152,7 +186,7 @@ class Training:
             task=self._task.name,
             policy=self._label,
             controller=self._controller_name,
-            seed=self._settings.seed,
+            seed=self.settings.seed,
             status=status,
             message=message,
             metric_name=self._task.metric_name,
@@ -163,14 +197,14 @@ class Training:
             other_compilations=self._control.compilations
             + (0 if self._validation is None else self._validation.count),
         )
-        run = Run(self._theta, self._history, summary, self._settings.directory)
+        run = Run(self._theta, self._history, summary, self.settings.directory)
         try:
             for callback in self._callbacks:
                 callback.end(run)
         finally:
-            self._archive.close(run)
+            self._archive.close(run, self._mark())
             if message:
-                kept = self._settings.directory
+                kept = self.settings.directory
                 self._progress.note(message if kept is None else f"{message}; kept in {kept}")
             self._progress.stop()
         return run
@@ -187,7 +221,7 @@ class Training:
         if getattr(metric, "shape", None) != ():
             return  # refused when it is measured
         fidelity = self._control.prepare(widened(metric))
-        if fidelity is not None and self._epoch < self._settings.epochs:
+        if fidelity is not None and self._epoch < self.settings.epochs:
             self._batches = self._task.epoch_batches(self._epoch + 1, self._key)
             first = next(self._batches)
             self._batches = itertools.chain([first], self._batches)
@@ -199,12 +233,17 @@ class Training:
         batches, self._batches = self._batches, None
         if batches is None:
             batches = self._task.epoch_batches(number, self._key)
-        self._tally.begin()
-        self._state = self._state.first()
-        if self._comparison is not None:
-            self._comparison.begin()
+        if self._batch:
+            # Made before the run was broken off: what they held has been seen.
+            batches = itertools.islice(batches, self._batch, None)
+        else:
+            self._tally.begin()
+            self._state = self._state.first()
         watch = self._watch()
         for batch in batches:
+            self._pass()
+            if self._archive.due:
+                self._archive.save(self._mark())
             self._progress.batch(self._batch + 1, count)
             report = self._step(batch)
             self._batch += 1
@@ -263,10 +302,7 @@ class Training:
         if objection is None:
             return
         self._objected = True
-        message = f"{'epoch ' + str(self._epoch) if self._epoch else 'at the start'}: {objection}"
-        self._progress.note(message)
-        if isinstance(self._progress, Silence):
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        self._tell(f"{'epoch ' + str(self._epoch) if self._epoch else 'at the start'}: {objection}")
 
     def _validate(self) -> float:
         """Measure the metric; the wall time it took, without compilation."""
@@ -293,13 +329,21 @@ class Training:
             **fields,
         )
         self._compiled_at_record = compiled
+        self._archive.add(record)
         self._history.append(record)
-        self._archive.add(record, self._kept())
+        self._pass()
+        self._archive.ended_epoch(self._mark())
         if record.work is not None:
             self._work = record.work + (self._work or 0)
         self._progress.epoch(record, self._work)
         if record.nonfinite:
             self._say_skipped(record)
+
+    def _tell(self, message: str) -> None:
+        """Say what must not be missed, where it is seen."""
+        self._progress.note(message)
+        if isinstance(self._progress, Silence):
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     def _say_skipped(self, record: Record) -> None:
         """Say that updates were skipped: the first times, and then ever more rarely."""
@@ -316,7 +360,7 @@ class Training:
         )
 
     def _check_streak(self) -> None:
-        limit = self._settings.max_nonfinite
+        limit = self.settings.max_nonfinite
         if self._tally.longest < limit:
             return
         spent = limits(self._control.fidelity)
@@ -344,7 +388,7 @@ class Training:
         event = Event(
             task=self._task,
             epoch=self._epoch,
-            epochs=self._settings.epochs,
+            epochs=self.settings.epochs,
             theta=self._theta,
             fidelity=self._control.fidelity,
             history=self._history,
@@ -353,12 +397,27 @@ class Training:
             call(callback, event)
         self._stop_reason = event.stop_reason
 
-    def _kept(self) -> PyTree:
-        """All that training after this epoch depends on."""
+    def _pass(self) -> None:
+        """Remember this moment: all parts of the run are of one mind in it."""
+        place = Moment(self._epoch, self._batch)
+        parts = self._state, self._control.state, self._tally.mark()
+        self._passed = _Passed(place, *parts, self._metric, self._archive.records)
+
+    def _mark(self) -> Mark:
+        """The moment that was remembered last, for a checkpoint."""
+        passed = self._passed
+        metric = None if passed.metric is None else float(passed.metric)
+        return Mark(passed.place, lambda: self._kept(passed), metric, passed.records)
+
+    def _kept(self, passed: "_Passed") -> PyTree:
+        """All that training after a moment depends on."""
+        names = _LASTING if passed.place.batch == 0 else (*_LASTING, "previous")
+        tally = Tally()
+        tally.return_to(passed.tally)
         return {
-            **{name: getattr(self._state, name) for name in _LASTING},
-            "controller": self._control.state,
-            "epoch": np.asarray(self._epoch),
+            **{name: getattr(passed.state, name) for name in names},
+            "controller": passed.controller,
+            "tally": tally.arrays(),
         }
 
     def restore(self) -> None:
@@ -367,10 +426,18 @@ class Training:
         **Raises:** `ResumeError`.
         """
         self._control.state = self._control.blank
-        kept, self._history = self._archive.restore(self._kept())
-        self._state = self._state._replace(**{name: kept[name] for name in _LASTING})
+        self._pass()
+        place, kept, self._history = self._archive.restore(
+            lambda place: self._kept(self._passed._replace(place=place))
+        )
+        self._epoch, self._batch = place
+        self._state = self._state._replace(
+            **{name: kept[name] for name in State._fields if name in kept}
+        )
         self._control.restore(kept["controller"])
-        self._epoch = int(kept["epoch"])
+        self._tally.restore(kept["tally"])
+        self._metric = self._history[-1].metric
+        self._pass()
         self._work = self._history.work
         self._elapsed_before = self._history[-1].elapsed
         self._compiled_before = float(self._history.total("compile_seconds") or 0.0)
@@ -395,7 +462,7 @@ class Training:
 
     def _key(self, epoch: int) -> PRNGKeyArray:
         # A key of its own for every epoch: a resumed run draws what it would have drawn.
-        return jax.random.fold_in(jax.random.key(self._settings.seed), epoch)
+        return jax.random.fold_in(jax.random.key(self.settings.seed), epoch)
 
     def _compiled_validation(self) -> "Executable[[PyTree], Any] | None":
         validate = self._task.validate
