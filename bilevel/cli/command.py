@@ -16,8 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     - `argv`: the words after the program's name; `sys.argv` by default.
 
-    **Returns:** the exit code: 0 done, 1 the run or the user's file failed, 2 misused, 130
-    interrupted by Ctrl-C.
+    **Returns:** the exit code: 0 done, 1 the run or the user's file failed or could not be kept,
+    2 misused, 130 interrupted by Ctrl-C, 143 by SIGTERM, 138 by SIGUSR1; what was done so far is
+    saved then.
 
     >>> main(["--version"])
     bilevel ...

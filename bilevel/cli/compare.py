@@ -6,8 +6,9 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from bilevel.cli.failure import DONE, INTERRUPTED, UsageError
+from bilevel.cli.failure import DONE, UsageError
 from bilevel.cli.output import put, say
+from bilevel.cli.signals import leaving_on_signals
 from bilevel.cli.training import (
     check_trainable,
     console,
@@ -54,7 +55,7 @@ def compare(options: argparse.Namespace, words: Sequence[str]) -> int:
             msg = f"{occupied} holds results already; add --overwrite, or name another directory."
             raise UsageError(msg)
     make_directory(directory)
-    with file.guard():
+    with leaving_on_signals() as leaving, file.guard():
         outcome = compare_policies(
             file.build,
             [policy.text for policy in policies],
@@ -89,7 +90,7 @@ def compare(options: argparse.Namespace, words: Sequence[str]) -> int:
     if outcome.interrupted:
         kept = "" if directory is None else f"; what was done so far is in {directory}"
         say(f"interrupted{kept}")
-        return INTERRUPTED
+        return leaving.code
     return DONE
 
 

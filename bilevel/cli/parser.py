@@ -87,6 +87,19 @@ def _parsers() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
     )
     run.add_argument("--seed", type=_seed, default=0, metavar="N", help="random seed (0)")
     run.add_argument("--resume", action="store_true", help="go on with the run in --directory")
+    run.add_argument(
+        "--strict", action="store_true", help="with --resume: stop where a checkpoint is damaged"
+    )
+    run.add_argument(
+        "--checkpoint-seconds",
+        type=_share,
+        default=60.0,
+        metavar="S",
+        help="between two checkpoints (60)",
+    )
+    run.add_argument(
+        "--keep", type=_whole, default=2, metavar="N", help="checkpoints, besides the best (2)"
+    )
     _add_output(run)
 
     compare = _command(

@@ -1,9 +1,11 @@
 """`bilevel run`: train a task."""
 
 import argparse
+from pathlib import Path
 
-from bilevel.cli.failure import DONE, FAILED, INTERRUPTED, UsageError
+from bilevel.cli.failure import DONE, FAILED, UsageError
 from bilevel.cli.output import put, say
+from bilevel.cli.signals import leaving_on_signals
 from bilevel.cli.training import (
     check_trainable,
     console,
@@ -12,8 +14,10 @@ from bilevel.cli.training import (
     make_directory,
     report,
 )
-from bilevel.outer.archive import ResumeError
+from bilevel.outer.archive import NotKeptError, ResumeError
 from bilevel.outer.assignment import controller_for, default_policy
+from bilevel.outer.checkpoints.owner import DirectoryInUseError
+from bilevel.outer.checkpoints.settings import Checkpoints
 from bilevel.outer.checkpoints.store import has_checkpoints
 from bilevel.outer.optimize import NonFiniteError, optimize
 from bilevel.outer.policy import parse_policy
@@ -26,12 +30,6 @@ def run(options: argparse.Namespace) -> int:
 
     **Returns:** the exit code.
     """
-    if options.resume and options.overwrite:
-        msg = "--resume goes on with a run and --overwrite replaces it; give one of them."
-        raise UsageError(msg)
-    if options.resume and options.directory is None:
-        msg = "--resume needs --directory, the one the run was kept in."
-        raise UsageError(msg)
     file = load(options)
     task = file.build(options.seed)
     check_trainable(task, options)
@@ -42,16 +40,10 @@ def run(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from error
     directory = directory_for(options, f"{task.name}-{policy.text}")
-    if directory is not None:
-        if options.resume and not has_checkpoints(directory):
-            msg = f"{directory} holds no run to go on with: there are no checkpoints in it."
-            raise UsageError(msg)
-        if holds_run(directory) and not (options.overwrite or options.resume):
-            msg = f"{directory} holds a run already; add --overwrite or --resume, or name another."
-            raise UsageError(msg)
+    _check_directory(options, directory)
     make_directory(directory)
     try:
-        with file.guard():
+        with leaving_on_signals() as leaving, file.guard():
             outcome = optimize(
                 task,
                 controller=controller,
@@ -63,9 +55,15 @@ def run(options: argparse.Namespace) -> int:
                 overwrite=options.overwrite,
                 resume=options.resume,
                 label=policy.text,
+                checkpoints=Checkpoints(
+                    seconds=options.checkpoint_seconds, last=options.keep, strict=options.strict
+                ),
             )
-    except ResumeError as error:
+    except (ResumeError, DirectoryInUseError) as error:
         raise UsageError(str(error).removeprefix("optimize: ")) from error
+    except NotKeptError as error:
+        say(str(error))
+        return FAILED
     except NonFiniteError as error:
         if options.quiet:  # else the progress has said it
             say(str(error))
@@ -76,5 +74,22 @@ def run(options: argparse.Namespace) -> int:
         kept = "" if directory is None else f"; what was done so far is in {directory}"
         if options.quiet:
             say(f"{outcome.summary.message}{kept}")
-        return INTERRUPTED
+        return leaving.code
     return DONE
+
+
+def _check_directory(options: argparse.Namespace, directory: Path | None) -> None:
+    if options.resume and options.overwrite:
+        msg = "--resume goes on with a run and --overwrite replaces it; give one of them."
+        raise UsageError(msg)
+    if options.resume and options.directory is None:
+        msg = "--resume needs --directory, the one the run was kept in."
+        raise UsageError(msg)
+    if directory is None:
+        return
+    if options.resume and not has_checkpoints(directory):
+        msg = f"{directory} holds no run to go on with: there are no checkpoints in it."
+        raise UsageError(msg)
+    if holds_run(directory) and not (options.overwrite or options.resume):
+        msg = f"{directory} holds a run already; add --overwrite or --resume, or name another."
+        raise UsageError(msg)

@@ -22,12 +22,16 @@ from bilevel.cli.failure import (
     say_in_one_line,
     show_traceback,
 )
-from bilevel.outer.archive import ResumeError
+from bilevel.outer.archive import NotKeptError, ResumeError
+from bilevel.outer.checkpoints.owner import DirectoryInUseError
 from bilevel.outer.optimize import NonFiniteError
 from bilevel.outer.suggestion import did_you_mean
 from bilevel.outer.task import Task
 
 _NAME = "task"
+
+_OURS = (UsageError, TaskError, NonFiniteError, ResumeError, DirectoryInUseError, NotKeptError)
+"""What is no fault of the user's file."""
 
 
 class TaskFile:
@@ -84,7 +88,7 @@ class TaskFile:
         """Whatever the user's code raises is shown as its own traceback."""
         try:
             yield
-        except (UsageError, TaskError, NonFiniteError, ResumeError):
+        except _OURS:
             raise
         except (Exception, SystemExit) as error:
             show_traceback(error, self.file, whole=self._traceback)

@@ -19,13 +19,32 @@ from bilevel.outer.run import HISTORY_FILE, SUMMARY_FILE, THETA_FILE, Run
 
 
 class ResumeError(ValueError):
-    """A run cannot be gone on with: its files are damaged, or it is a run of something else."""
+    """A run cannot be gone on with: its files are damaged, or it is a run of something else.
+
+    >>> import bilevel as bl, optax, tempfile
+    >>> task = bl.Task(1.0, lambda theta, batch, fidelity: theta**2, full=bl.Budget(1))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     run = bl.optimize(task, optax.sgd(0.1), epochs=1, directory=folder, progress=False)
+    ...     try:
+    ...         bl.optimize(task, optax.sgd(0.2), epochs=2, directory=folder, resume=True)
+    ...     except bl.ResumeError as error:
+    ...         print("step_size was -0.1, is -0.2" in str(error))
+    True
+    """
 
 
 class NotKeptError(OSError):
     """A run could not be written to its directory when it ended.
 
     - `run`: what was done, in memory.
+
+    >>> import bilevel as bl
+    >>> def kept(**arguments):
+    ...     try:
+    ...         return bl.optimize(**arguments)
+    ...     except bl.NotKeptError as error:
+    ...         print(error)
+    ...         return error.run  # and save it elsewhere: run.save("another/directory")
     """
 
     def __init__(self, message: str, run: Run):

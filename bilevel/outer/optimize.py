@@ -10,6 +10,7 @@ from bilevel.outer.archive import NotKeptError
 from bilevel.outer.callbacks import AnyCallback, as_callbacks
 from bilevel.outer.checkpoints.settings import Checkpoints
 from bilevel.outer.checkpoints.store import has_checkpoints
+from bilevel.outer.giving_up import NonFiniteStreak
 from bilevel.outer.progress import Reporter, reporter
 from bilevel.outer.run import (
     COMPLETED,
@@ -22,7 +23,7 @@ from bilevel.outer.run import (
 )
 from bilevel.outer.settings import LoopSettings, validated
 from bilevel.outer.task import Task, check_parts
-from bilevel.outer.training import NonFiniteStreak, Training
+from bilevel.outer.training import Training
 from bilevel.refinement.fixed import FixedFidelity
 from bilevel.signature import brief
 
@@ -169,8 +170,8 @@ def _kept(training: Training, *, time_solver: bool) -> Run:
         training.restore()
     try:
         training.go()
-    except KeyboardInterrupt:
-        return training.end(INTERRUPTED, f"interrupted {training.place}")
+    except KeyboardInterrupt as told:
+        return training.end(INTERRUPTED, " ".join(["interrupted", *told.args, training.place]))
     except NonFiniteStreak as streak:
         run = training.end(NONFINITE, str(streak))
         raise NonFiniteError(str(streak), run) from None

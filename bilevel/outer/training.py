@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
-from bilevel.outer.archive import Archive, Mark
+from bilevel.outer.archive import Archive
 from bilevel.outer.callbacks import Callback, Event
 from bilevel.outer.checkpoint import is_array
 from bilevel.outer.checkpoints.settings import Checkpoints
@@ -22,38 +22,20 @@ from bilevel.outer.checkpoints.store import Moment
 from bilevel.outer.control import Control, strong
 from bilevel.outer.executable import Executable
 from bilevel.outer.fingerprint import fingerprint
+from bilevel.outer.giving_up import given_up, skipped
 from bilevel.outer.gradients import GradientComparison, Place, measured_in
 from bilevel.outer.history import History, Record
 from bilevel.outer.limits import limits
 from bilevel.outer.metric import real_number, widened
+from bilevel.outer.moment import Passed
 from bilevel.outer.progress import Reporter, Silence, batches_in
 from bilevel.outer.run import Run, summarize
 from bilevel.outer.settings import LoopSettings
-from bilevel.outer.tally import Mark as TallyMark
 from bilevel.outer.tally import Tally
 from bilevel.outer.task import Task
 from bilevel.outer.timing import solver_seconds
 from bilevel.outer.update import ERRORS, Report, State
 from bilevel.outer.updater import PartedUpdate, WholeUpdate, compares, measures
-
-
-class _Passed(NamedTuple):
-    """A moment between two updates."""
-
-    place: Moment
-    state: State
-    controller: PyTree
-    tally: TallyMark
-    metric: Any
-    records: int
-
-
-_LASTING = ("trained", "optimizer", "memory")
-"""What of a state outlives an epoch."""
-
-
-class NonFiniteStreak(Exception):  # noqa: N818
-    """Too many updates in a row were not finite."""
 
 
 class Training:
@@ -119,7 +101,7 @@ class Training:
         self._stop_reason: str | None = None
         self._objected = False
         self._epochs_skipping = 0
-        self._passed: _Passed
+        self._passed: Passed
         self._pass()
 
     @contextmanager
@@ -202,7 +184,7 @@ class Training:
             for callback in self._callbacks:
                 callback.end(run)
         finally:
-            self._archive.close(run, self._mark())
+            self._archive.close(run, self._passed.mark())
             if message:
                 kept = self.settings.directory
                 self._progress.note(message if kept is None else f"{message}; kept in {kept}")
@@ -243,7 +225,7 @@ class Training:
         for batch in batches:
             self._pass()
             if self._archive.due:
-                self._archive.save(self._mark())
+                self._archive.save(self._passed.mark())
             self._progress.batch(self._batch + 1, count)
             report = self._step(batch)
             self._batch += 1
@@ -332,7 +314,7 @@ class Training:
         self._archive.add(record)
         self._history.append(record)
         self._pass()
-        self._archive.ended_epoch(self._mark())
+        self._archive.ended_epoch(self._passed.mark())
         if record.work is not None:
             self._work = record.work + (self._work or 0)
         self._progress.epoch(record, self._work)
@@ -346,41 +328,15 @@ class Training:
             warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     def _say_skipped(self, record: Record) -> None:
-        """Say that updates were skipped: the first times, and then ever more rarely."""
         self._epochs_skipping += 1
-        so_far = self._epochs_skipping
-        if so_far & (so_far - 1):
-            return
-        failed = f"; inner solves failed: {record.failures}" if record.failures else ""
-        again = f" ({so_far} epochs so far)" if so_far > 2 else ""
-        self._progress.note(
-            f"epoch {record.epoch}: {record.nonfinite} of {record.nonfinite + record.updates} "
-            f"updates skipped, for the loss, its gradient or the next theta was not finite"
-            f"{failed}{again}"
-        )
+        message = skipped(record, self._epochs_skipping)
+        if message is not None:
+            self._progress.note(message)
 
     def _check_streak(self) -> None:
-        limit = self.settings.max_nonfinite
-        if self._tally.longest < limit:
-            return
-        spent = limits(self._control.fidelity)
-        where = "" if spent["level"] is None else f"level {spent['level']}, "
-        failures = self._tally.streak_failures
-        advice = (
-            f"Inner solves failed in these updates ({failures} of them, primal or adjoint), which "
-            "a larger budget seldom mends: bl.solve(...).diagnosis says why. Take a smaller step "
-            "size of the inner solver, another solver, nearer parameters or a smaller learning "
-            "rate."
-            if failures
-            else "Start with a larger budget or nearer parameters, take a smaller learning rate, "
-            "or raise max_nonfinite."
-        )
-        msg = (
-            f"given up {self.place}: in {limit} updates in a row the loss, its gradient or the "
-            f"next theta was not finite ({where}{spent['budget_iterations']} iterations allowed). "
-            f"theta is as the last good update left it. {advice}"
-        )
-        raise NonFiniteStreak(msg)
+        limit, failures = self.settings.max_nonfinite, self._tally.streak_failures
+        if self._tally.longest >= limit:
+            raise given_up(limit, self.place, self._control.fidelity, failures)
 
     def _call(self, call: Callable[[Callback, Event], None]) -> None:
         if not self._callbacks:
@@ -401,24 +357,7 @@ class Training:
         """Remember this moment: all parts of the run are of one mind in it."""
         place = Moment(self._epoch, self._batch)
         parts = self._state, self._control.state, self._tally.mark()
-        self._passed = _Passed(place, *parts, self._metric, self._archive.records)
-
-    def _mark(self) -> Mark:
-        """The moment that was remembered last, for a checkpoint."""
-        passed = self._passed
-        metric = None if passed.metric is None else float(passed.metric)
-        return Mark(passed.place, lambda: self._kept(passed), metric, passed.records)
-
-    def _kept(self, passed: "_Passed") -> PyTree:
-        """All that training after a moment depends on."""
-        names = _LASTING if passed.place.batch == 0 else (*_LASTING, "previous")
-        tally = Tally()
-        tally.return_to(passed.tally)
-        return {
-            **{name: getattr(passed.state, name) for name in names},
-            "controller": passed.controller,
-            "tally": tally.arrays(),
-        }
+        self._passed = Passed(place, *parts, self._metric, self._archive.records)
 
     def restore(self) -> None:
         """Take up the run in the directory where its last checkpoint left it.
@@ -428,7 +367,7 @@ class Training:
         self._control.state = self._control.blank
         self._pass()
         place, kept, self._history = self._archive.restore(
-            lambda place: self._kept(self._passed._replace(place=place))
+            lambda place: self._passed._replace(place=place).kept()
         )
         self._epoch, self._batch = place
         self._state = self._state._replace(

@@ -229,7 +229,8 @@ OVERLAP = json.dumps(
     {name: {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]} for name in ("a", "b")}
 ).encode()
 BEYOND = json.dumps({"a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 2**40]}}).encode()
-TWICE = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+ONE = b'"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}'
+TWICE = b"{" + ONE + b", " + ONE + b"}"
 
 
 def put(key: str, value: Any) -> Callable[[dict[str, Any]], None]:

@@ -18,7 +18,16 @@ LOCK_FILE = "owner.json"
 
 
 class DirectoryInUseError(RuntimeError):
-    """Another process keeps its run in the directory."""
+    """Another process keeps its run in the directory.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder, Owner(Path(folder)):
+    ...     try:
+    ...         Owner(Path(folder))
+    ...     except DirectoryInUseError as error:
+    ...         print(str(error).partition(" since ")[0])
+    /... is in use by process ... on ...
+    """
 
 
 class Owner:

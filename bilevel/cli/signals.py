@@ -1,0 +1,51 @@
+"""Signals: being told to leave is to save and leave, with an exit code that says who told."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Generator
+from types import FrameType
+
+TOLD = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+"""Besides Ctrl-C: what schedulers send before they kill."""
+
+
+class Told(KeyboardInterrupt):
+    """A signal said to leave: what was done so far is saved, as it is after Ctrl-C."""
+
+
+class Leaving:
+    """What said to leave.
+
+    - `code`: of the exit, 128 and the signal's number, as shells have it.
+    """
+
+    def __init__(self) -> None:
+        self.code = 128 + signal.SIGINT
+
+
+@contextlib.contextmanager
+def leaving_on_signals() -> Generator[Leaving]:
+    """Let the first of the signals interrupt what goes on inside, and later ones do nothing.
+
+    A scheduler may send them again while the run is being saved. Ctrl-C still ends that.
+    """
+    leaving = Leaving()
+    if threading.current_thread() is not threading.main_thread():
+        yield leaving
+        return
+
+    def told(number: int, frame: FrameType | None) -> None:
+        del frame
+        for other in TOLD:
+            signal.signal(other, signal.SIG_IGN)
+        leaving.code = 128 + number
+        msg = f"by {signal.Signals(number).name}"
+        raise Told(msg)
+
+    before = {number: signal.signal(number, told) for number in TOLD}
+    try:
+        yield leaving
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
