@@ -108,7 +108,8 @@ class BlackBox(ForeignSolver):
             target=target,
             tolerance=target * jnp.asarray(TIGHTER, norm.dtype) ** state.runs,
         )
-        stalled = norm > STALLED * state.before
+        # An infinite norm of finite entries comes no closer either, and would run for ever.
+        stalled = (state.runs > 0) & ~(norm < STALLED * state.before)
         x, iterations = jax.lax.cond(
             stalled, lambda: (state.x, jnp.int32(0)), lambda: self._counted(problem, asked)
         )

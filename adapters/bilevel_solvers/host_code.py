@@ -76,6 +76,7 @@ def call_host(
     *,
     with_arrays: Callable[[Any], dict[str, Callable[..., Any]]] | None = None,
     with_theta: bool = False,
+    failures: tuple[type[Exception], ...] = FAILURES,
 ) -> tuple[PyTree, Array]:
     """Run host code by a callback, under jit and vmap (one sample after another).
 
@@ -86,6 +87,7 @@ def call_host(
         body may evaluate; compiled once, and what they captured is brought to the host, too.
     - `arrays`: what else is brought to the host; `with_arrays` makes functions of it there.
     - `with_theta`: whether it needs θ.
+    - `failures`: what is raised where numbers come to nothing; all else is shown.
 
     **Returns:** x like `asked.start`, NaN where the host code failed, and the iterations.
     """
@@ -112,7 +114,7 @@ def call_host(
                 x, count = body(run)
             except Enough:
                 x, count = run.x, run.count
-            except FAILURES:
+            except failures:
                 x, count = np.full(start.shape, np.nan), run.count
         return np.asarray(x).astype(start.dtype), np.int32(count)
 

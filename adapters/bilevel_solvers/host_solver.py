@@ -17,7 +17,7 @@ from bilevel_solvers.host_code import FlatProblem, HostRun, call_host
 class HostProblem:
     """An inner problem at one θ, as a host function sees it; arrays are NumPy's.
 
-    - `theta`: θ with NumPy leaves; `None` for the linear system of an adjoint.
+    - `theta`: θ with NumPy leaves.
     - `residual(x)`: F, like x, zero at the solution: for a minimisation its gradient.
     - `product(x, v)`: the Jacobian of F, or the Hessian, at x times v, like x.
     - `objective(x)`: what is minimised; only of a minimisation.
@@ -116,6 +116,7 @@ class Host(BlackBox):
             scale,
             with_arrays=lambda scale: {"scale": lambda: scale if scale > 0 else 1.0},
             with_theta=True,
+            failures=(np.linalg.LinAlgError, FloatingPointError),
         )
 
 
@@ -124,8 +125,9 @@ def host(function: Callable[..., Any]) -> Host:
 
     The function is called from compiled code, with NumPy arrays, once a sample under vmap.  Its
     answer is confirmed by the true residual, so that it may well say more than it did.  Calls to
-    JAX inside are allowed. What it raises is raised, and NaN in its answer is a failed solve whose
-    gradient is NaN.  It does not unroll: use `Implicit`.
+    JAX inside are allowed. NaN in its answer, a `LinAlgError` or `FloatingPointError` is a failed
+    solve whose gradient is NaN; what else it raises ends the computation with JAX's error for
+    callbacks, which shows it.  It does not unroll: use `Implicit`.
 
     **Arguments:**
 
@@ -135,8 +137,8 @@ def host(function: Callable[..., Any]) -> Host:
         nothing of it; `rtol` is the residual norm asked for over `solution.scale`. x is like
         x0. It must depend on nothing else than these and on constants.
 
-    **Raises:** `TypeError` for what cannot be called like this; from a solve, for an answer of
-    another structure or shape.
+    **Raises:** `TypeError` for what cannot be called like this; a solve raises JAX's error for
+    callbacks, which shows a `TypeError`, for an answer of another structure or shape.
 
     >>> import bilevel as bl, bilevel_solvers
     >>> def newton(problem, x, iterations, rtol):
@@ -159,9 +161,17 @@ def counted(returned: Any, iterations: int) -> tuple[Any, int]:
     """The answer, and the iterations that it says it took."""
     if isinstance(returned, tuple) and len(returned) == 2:
         x, count = returned
-        if isinstance(count, int | np.integer) and not isinstance(count, bool):
-            return x, int(count)
+        if _is_count(count):
+            return x, min(int(count), iterations)
     return returned, iterations
+
+
+def _is_count(count: Any) -> bool:
+    """Whether it is a whole number, of Python, NumPy or JAX."""
+    if isinstance(count, bool) or np.ndim(count):
+        return False
+    number = np.asarray(count)
+    return number.dtype.kind in "iu" or (number.dtype.kind == "f" and float(number).is_integer())
 
 
 def checked(owner: str, x: Any, like: PyTree) -> np.ndarray:
@@ -176,7 +186,8 @@ def checked(owner: str, x: Any, like: PyTree) -> np.ndarray:
     if expected != got or shapes != [leaf.shape for leaf in leaves]:
         msg = (
             f"{owner} must return x like x0, {expected} with the shapes {shapes}, or such an x and "
-            f"the iterations it took; got {got} with the shapes {[leaf.shape for leaf in leaves]}."
+            "a whole number, the iterations it took; got "
+            f"{got} with the shapes {[leaf.shape for leaf in leaves]}."
         )
         raise TypeError(msg)
     for leaf, is_real in zip(leaves, real, strict=True):

@@ -67,9 +67,15 @@ def is_indicator(problem: BoundProblem, x: PyTree) -> Array:
     assert problem.proximal is not None
     parts = problem.proximal(x)
     size = 1.0 + vector.norm(x)
-    z = vector.add_scaled(x, size, vector.arbitrary(x, seed=3))
-    change = vector.subtract(parts.proximal(z, 1.0), parts.proximal(z, 2.0))
-    return vector.norm(change) <= 1e3 * vector.epsilon(x) * vector.norm(z)
+    told: list[Array] = []
+    # A penalty of large weight gives zero for whatever is near, and one of small weight shows
+    # in the step's length only: so points from near to far, and steps far apart.
+    for reach in (1.0, 1e3, 1e6):
+        z = vector.add_scaled(x, reach * size, vector.arbitrary(x, seed=3))
+        for step in (1e-6, 1.0):
+            change = vector.subtract(parts.proximal(z, step), parts.proximal(z, 2.0 * step))
+            told.append(vector.norm(change) <= 1e3 * vector.epsilon(x) * vector.norm(z))
+    return jnp.stack(told).all()
 
 
 def _smooth(problem: BoundProblem, x: PyTree) -> Told:

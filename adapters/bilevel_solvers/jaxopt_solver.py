@@ -32,10 +32,16 @@ _NO_REVERSE = (
     "settings. Use Implicit, or jaxopt.ProjectedGradient."
 )
 
-_NO_REVERSE_SEARCH = (
-    "Unrolled: jaxopt's line search hager-zhang has loops that reverse mode does not go through, "
-    "whatever its settings. Use Implicit, or linesearch='zoom' or 'backtracking'."
-)
+_NO_REVERSE_SEARCH = {
+    "hager-zhang": (
+        "Unrolled: jaxopt's line search hager-zhang has loops that reverse mode does not go "
+        "through, whatever its settings. Use Implicit, or linesearch='backtracking'."
+    ),
+    "zoom": (
+        "Unrolled: the derivative of jaxopt's line search zoom, its default, is NaN, in jaxopt "
+        "itself, too. Use Implicit, or linesearch='backtracking'."
+    ),
+}
 
 
 class JaxoptState(eqx.Module):
@@ -100,8 +106,9 @@ class JaxoptSolver(ForeignSolver):
         pair = (state.x, state.inner)
         if self._is("LBFGSB"):
             x, inner = forward_only(updated(pair, unroll=False), _NO_REVERSE)
-        elif dict(self.settings).get("linesearch") == "hager-zhang":
-            x, inner = forward_only(updated(pair, unroll=False), _NO_REVERSE_SEARCH)
+        elif dict(self.settings).get("linesearch") in _NO_REVERSE_SEARCH:
+            refusal = _NO_REVERSE_SEARCH[dict(self.settings)["linesearch"]]
+            x, inner = forward_only(updated(pair, unroll=False), refusal)
         elif hasattr(self.kind, "maxls"):  # its line search is a loop
             x, inner = evaluated_as(
                 lambda pair: updated(pair, unroll=False),

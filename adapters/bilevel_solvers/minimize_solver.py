@@ -11,7 +11,7 @@ from bilevel import vector
 from bilevel.bound import BoundProblem
 from bilevel.budget import Budget
 from bilevel_solvers.black_box import BlackBox, Run
-from bilevel_solvers.choice import frozen, thawed
+from bilevel_solvers.choice import frozen, thawed, tried
 from bilevel_solvers.host_code import FlatProblem, HostRun, call_host
 
 NEVER: dict[str, dict[str, Any]] = {
@@ -132,4 +132,17 @@ def scipy_minimize(method: str = "L-BFGS-B", **options: Any) -> ScipyMinimize:
         msg = f"scipy_minimize: method must be one of {', '.join(NEVER)}, got {method!r}."
         raise ValueError(msg)
     kept = frozen("scipy_minimize", options, taken=("maxiter",))
-    return ScipyMinimize(method=names[method.lower()], options=kept)
+    name = names[method.lower()]
+
+    def trial() -> object:
+        given: dict[str, Any] = {} if name in WITHOUT_GRADIENT else {"jac": lambda x: 2.0 * x}
+        if name in (*WITH_PRODUCTS, *WITH_HESSIAN):
+            given["hess"] = lambda x: 2.0 * np.eye(x.size)
+        minimize: Any = scipy.optimize.minimize
+        start = np.ones(2)
+        return minimize(
+            lambda x: float(x @ x), start, method=name, options={**options, "maxiter": 1}, **given
+        )
+
+    tried("scipy_minimize", options, trial)
+    return ScipyMinimize(method=name, options=kept)

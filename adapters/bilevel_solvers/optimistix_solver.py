@@ -9,6 +9,7 @@ from jaxtyping import Array, Int, PyTree
 
 from bilevel import vector
 from bilevel.bound import BoundProblem
+from bilevel.outer.suggestion import did_you_mean
 from bilevel.perturbation import with_derivative_of
 from bilevel.signature import brief
 from bilevel.status import Status
@@ -25,6 +26,9 @@ KINDS = {
 }
 """What each kind of solver needs of a problem; a residual is had of every one."""
 
+
+OPTIONS = ("lower", "upper", "jac", "autodiff_mode", "y0_simplex")
+"""That methods of optimistix read."""
 
 BY_COMPARISON = ("Bisection", "NelderMead", "GoldenSearch")
 """They move by comparisons alone: their derivative is a zero that the solution's is not."""
@@ -199,6 +203,18 @@ def optimistix(solver: Any, **options: Any) -> OptimistixSolver:
             f"as optimistix.BFGS(rtol=1e-8, atol=1e-8), got {brief(solver)}.{hint}"
         )
         raise TypeError(msg)
+    for name in options:
+        if name not in OPTIONS:
+            msg = (
+                f"bilevel_solvers.optimistix: no method of optimistix has an option {name!r}"
+                f"{did_you_mean(name, OPTIONS)}"
+            )
+            raise ValueError(msg)
+    needed = {"Bisection", "GoldenSearch"}.intersection(names) and {"lower", "upper"} - set(options)
+    if needed:
+        missing = " and ".join(sorted(needed))
+        msg = f"bilevel_solvers.optimistix: {names[0]} needs {missing}: the ends it starts with."
+        raise ValueError(msg)
     return OptimistixSolver(solver, tuple(sorted(options.items())))
 
 

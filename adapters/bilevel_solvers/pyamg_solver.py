@@ -5,15 +5,18 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 import numpy as np
+import scipy.sparse
 from jaxtyping import PyTree
 
 from bilevel.bound import BoundProblem
 from bilevel.signature import brief
 from bilevel_solvers.assembled import Assembled
 from bilevel_solvers.black_box import BlackBox, Run
-from bilevel_solvers.choice import frozen, thawed
+from bilevel_solvers.choice import frozen, thawed, tried
 from bilevel_solvers.host_code import FlatProblem, HostRun, call_host
 from bilevel_solvers.library import load
+
+CYCLES = ("V", "W", "F", "AMLI")
 
 BUILDERS = (
     "ruge_stuben_solver",
@@ -130,4 +133,13 @@ def pyamg(
     if built and options:
         msg = f"pyamg: a hierarchy is built already; {', '.join(options)} go with a builder."
         raise ValueError(msg)
+    if cycle not in CYCLES:
+        msg = f"pyamg: cycle must be one of {', '.join(CYCLES)}, got {cycle!r}."
+        raise ValueError(msg)
+    if isinstance(accel, str) and not hasattr(library.krylov, accel):
+        msg = f"pyamg: accel must be a method of pyamg.krylov, such as 'cg', got {accel!r}."
+        raise ValueError(msg)
+    make: Any = getattr(library, build) if isinstance(build, str) else build
+    line = scipy.sparse.diags_array([-1.0, 2.0, -1.0], offsets=[-1, 0, 1], shape=(4, 4))
+    tried("pyamg", options, lambda: make(scipy.sparse.csr_matrix(line), **options))
     return PyAMG(build=build, cycle=cycle, accel=accel, options=frozen("pyamg", options))

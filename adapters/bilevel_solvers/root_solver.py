@@ -9,7 +9,7 @@ from jaxtyping import PyTree
 
 from bilevel.bound import BoundProblem
 from bilevel_solvers.black_box import BlackBox, Run
-from bilevel_solvers.choice import frozen, thawed
+from bilevel_solvers.choice import frozen, thawed, tried
 from bilevel_solvers.host_code import Enough, FlatProblem, HostRun, call_host
 
 BY_EVALUATIONS = ("hybr", "lm")
@@ -152,4 +152,7 @@ def scipy_root(method: str = "hybr", **options: Any) -> ScipyRoot:
         msg = f"scipy_root: method must be one of {', '.join(methods)}, got {method!r}."
         raise ValueError(msg)
     kept = frozen("scipy_root", options, taken=("maxiter", "maxfev", "fatol", "ftol"))
+    root: Any = scipy.optimize.root
+    start = np.ones(2)
+    tried("scipy_root", options, lambda: root(lambda x: x, start, method=method, options=options))
     return ScipyRoot(method=method, options=kept)

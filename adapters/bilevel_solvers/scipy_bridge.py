@@ -147,7 +147,8 @@ class ScipyObjective:
 
     def flat(self, theta: PyTree) -> NDArray[np.float64]:
         """The flat vector of a pytree like `theta0`, its gradient say."""
-        leaves = jax.tree.flatten(theta, is_leaf=lambda leaf: leaf is None)[0]
+        # A gradient has None where a leaf does not move; θ may have Nones of its own.
+        leaves = self._treedef.flatten_up_to(theta)
         moving = [
             np.ravel(np.asarray(leaf)).astype(np.float64)
             for leaf, fixed in zip(leaves, self._fixed, strict=True)

@@ -188,7 +188,7 @@ class BilevelSearch(MetaEstimatorMixin, BaseEstimator):
         features, targets, labels, weight = self._validated(X, y, sample_weight)
         folds = _CHECK_CV(self.cv, targets, classifier=is_classifier(self.estimator))
         splits = [
-            (np.asarray(train), np.asarray(test))
+            (_numbers(train), _numbers(test))
             for train, test in folds.split(features, targets, groups)
         ]
         self.scorer_: Any = _CHECK_SCORING(self.estimator, scoring=self.scoring)
@@ -406,3 +406,9 @@ def _results(steps: list[Step], space: SearchSpace) -> dict[str, Any]:
     results["seconds"] = np.array([step.seconds for step in steps])
     results["stage"] = np.array([step.stage for step in steps])
     return results
+
+
+def _numbers(part: Any) -> np.ndarray:
+    """Numbers of samples, of a mask too."""
+    part = np.asarray(part)
+    return np.flatnonzero(part) if part.dtype == bool else part

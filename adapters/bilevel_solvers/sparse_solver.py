@@ -18,7 +18,7 @@ from bilevel.solver.dense import coordinates
 from bilevel.solver.direct import Direct
 from bilevel_solvers.assembled import Assembled, has_entries
 from bilevel_solvers.black_box import BlackBox, Run
-from bilevel_solvers.choice import frozen, thawed
+from bilevel_solvers.choice import frozen, thawed, tried
 from bilevel_solvers.foreign import ForeignSolver
 from bilevel_solvers.host_code import FlatProblem, HostRun, call_host
 
@@ -238,6 +238,12 @@ def scipy_sparse(
         )
         raise ValueError(msg)
     kept = frozen("scipy_sparse", options, taken=("maxiter", "rtol", "atol", "tol"))
+    run: Any = getattr(scipy.sparse.linalg, method)
+    small = sp.csc_array(np.eye(2))
+    if method == "spsolve":
+        run = scipy.sparse.linalg.splu
+    right = (np.ones(2),) if method in KRYLOV else ()
+    tried("scipy_sparse", options, lambda: run(small, *right, **options))
     if method in KRYLOV:
         if preconditioner is not None:
             check_callable("scipy_sparse", "preconditioner", preconditioner, ("matrix",))

@@ -63,7 +63,8 @@ class Simultaneous:
     as single-level stochastic gradient descent does. A Hessian is only ever multiplied with λ.
 
     The budget of a fidelity is the number of steps of x and λ for one of θ, traced: 1 is SOBA, and
-    controllers may give it more, each on the same minibatch.
+    controllers may give it more, each on the same minibatch. With a tolerance besides they end
+    where both residuals on that minibatch are below it, relative to their scales.
 
     Give it to a task as `hypergradient=`, and what it begins with as `memory=`. A batch is a pair:
     the inner problem's and the outer loss's.
@@ -74,7 +75,8 @@ class Simultaneous:
         strongly convex in x.
     - `outer_loss`: outer_loss(x, theta, batch) -> real scalar, f.
     - `x0`: where x starts, any pytree of real arrays; λ starts at zero.
-    - `optimizer`: of x and of λ, any optax transformation; `optax.sgd(rho)` for SOBA's. A step
+    - `optimizer`: of x and of λ, any optax transformation that needs no more than a gradient, so
+        none with a line search; `optax.sgd(rho)` for SOBA's. A step
         size that falls like that of θ is what its theory asks for.
     - `adjoint_optimizer`: of λ, where it is another.
 
@@ -118,6 +120,13 @@ class Simultaneous:
         self.objective = objective
         self.outer_loss = outer_loss
         self.x0 = as_vector("x0", x0)
+        complex_leaves = [leaf for leaf in jax.tree.leaves(self.x0) if jnp.iscomplexobj(leaf)]
+        if complex_leaves:
+            msg = (
+                f"Simultaneous: x0 should be real, got {complex_leaves[0].dtype}. Carry real and "
+                "imaginary parts apart."
+            )
+            raise TypeError(msg)
         self.optimizer = optimizer
         self.adjoint_optimizer = adjoint_optimizer
 
@@ -144,13 +153,29 @@ class Simultaneous:
             )
             raise TypeError(msg)
         inner, outer = batch
-        steps = jnp.maximum(jnp.asarray(fidelity.budget.iterations, jnp.int32), 1)
+        if not isinstance(memory, SimultaneousState):
+            msg = (
+                "Simultaneous: memory should be what its own `memory` is, got "
+                f"{brief(memory)}. Give the task memory=soba.memory."
+            )
+            raise TypeError(msg)
+        most = jnp.maximum(jnp.asarray(fidelity.budget.iterations, jnp.int32), 1)
+        first = memory, *self._stepped(theta, inner, outer, memory)
 
-        def once(_: Any, state: SimultaneousState) -> SimultaneousState:
-            return self._stepped(theta, inner, outer, state)[0]
+        def goes_on(carried: Any) -> Array:
+            steps, (_, after, down, left, size) = carried
+            far = vector.norm(down) > _tolerance(fidelity, after.scale)
+            far |= vector.norm(left) > _tolerance(fidelity, size)
+            return (steps < most) & far
 
-        before = jax.lax.fori_loop(0, steps - 1, once, memory)
-        after, down, left, size = self._stepped(theta, inner, outer, before)
+        def once(carried: Any) -> Any:
+            steps, (_, after, *_) = carried
+            return steps + 1, (after, *self._stepped(theta, inner, outer, after))
+
+        # What is not finite is not "far", so that it ends at once.
+        steps, (before, after, down, left, size) = jax.lax.while_loop(
+            goes_on, once, (jnp.int32(1), first)
+        )
 
         def pulled(theta: PyTree) -> Array:
             value, slope = jax.jvp(
@@ -163,17 +188,19 @@ class Simultaneous:
         return SimultaneousResult(
             value=self.outer_loss(before.x, theta, outer),
             gradient=gradient,
-            primal=_solution(after.x, down, after.scale, steps),
-            adjoint=_solution(after.adjoint, left, size, steps),
+            primal=_solution(after.x, down, after.scale, steps, fidelity),
+            adjoint=_solution(after.adjoint, left, size, steps, fidelity),
         ), after
 
     def _stepped(
         self, theta: PyTree, inner: Any, outer: Any, state: SimultaneousState
     ) -> tuple[SimultaneousState, PyTree, PyTree, Array]:
         """The state after one step of x and λ, their directions, and the norm of ∂ₓf."""
-        slope = jax.grad(lambda x: self.objective(x, theta, inner))
+        slope = jax.grad(lambda x: _scalar("objective", self.objective(x, theta, inner)))
         down, curved = jax.jvp(slope, (state.x,), (state.adjoint,))
-        wanted = jax.grad(lambda x: self.outer_loss(x, theta, outer))(state.x)
+        wanted = jax.grad(lambda x: _scalar("outer_loss", self.outer_loss(x, theta, outer)))(
+            state.x
+        )
         left = vector.subtract(curved, wanted)
         x_step, x_optimizer = self.optimizer.update(down, state.x_optimizer, state.x)
         step, adjoint_optimizer = self.adjoint_optimizer.update(
@@ -189,16 +216,36 @@ class Simultaneous:
         return after, down, left, vector.norm(wanted)
 
 
-def _solution(value: PyTree, residual: PyTree, scale: Array, steps: Int[Array, ""]) -> Solution:
+def _tolerance(fidelity: Fidelity, scale: Array) -> Array:
+    budget = fidelity.budget
+    return jnp.maximum(budget.rtol * scale, budget.atol)
+
+
+def _scalar(name: str, value: Array) -> Array:
+    if jnp.shape(value) != ():
+        msg = (
+            f"Simultaneous: {name} should return one real number, got an array of shape "
+            f"{jnp.shape(value)}. Reduce it, for example with jnp.mean."
+        )
+        raise TypeError(msg)
+    return value
+
+
+def _solution(
+    value: PyTree, residual: PyTree, scale: Array, steps: Int[Array, ""], fidelity: Fidelity
+) -> Solution:
     norm = vector.norm(residual)
     finite = jnp.isfinite(norm) & jnp.isfinite(vector.norm(value))
+    tolerance = jnp.asarray(_tolerance(fidelity, scale), norm.dtype)
+    small = (norm <= tolerance) & (tolerance > 0)
+    ended = jnp.where(small, jnp.int32(Status.CONVERGED), jnp.int32(Status.BUDGET))
     return Solution(
         value=value,
-        status=jnp.where(finite, jnp.int32(Status.BUDGET), jnp.int32(Status.NONFINITE)),
+        status=jnp.where(finite, ended, jnp.int32(Status.NONFINITE)),
         residual_norm=norm,
         iterations=steps,
         inner_iterations=steps,
-        tolerance=jnp.zeros_like(norm),
+        tolerance=tolerance,
         scale=scale,
         rate=jnp.full_like(norm, jnp.nan),
         applications=steps,

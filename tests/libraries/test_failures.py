@@ -219,9 +219,81 @@ def test_a_solver_that_reverse_mode_does_not_go_through_says_so():
     unrolled = {"estimator": bl.Unrolled(max_iterations=8), "budget": bl.Budget(iterations=3)}
     with pytest.raises(TypeError, match=r"LBFGSB.*Use Implicit"):
         solved(problem, bs.jaxopt(jaxopt.LBFGSB), theta, x0, **unrolled)
-    searched = bs.jaxopt(jaxopt.LBFGS, linesearch="hager-zhang")
-    with pytest.raises(TypeError, match=r"hager-zhang.*Use Implicit"):
-        solved(*PROBLEMS["minimum"][:1], searched, **unrolled)
+    for search in ("hager-zhang", "zoom"):
+        searched = bs.jaxopt(jaxopt.LBFGS, linesearch=search)
+        with pytest.raises(TypeError, match=rf"{search}.*Use Implicit"):
+            solved(*PROBLEMS["minimum"][:1], searched, **unrolled)
+
+
+def test_an_adjoint_that_fails_does_not_make_the_error_estimate_run_for_ever():
+    # Its norm is infinite in single precision, and no run comes any closer.
+    values = jnp.linspace(-1.0, 1.0, 20, dtype=jnp.float32)
+    problem = bl.LinearSystem(
+        lambda t: jnp.diag(values) + 0 * t,
+        lambda t: jnp.ones(20, jnp.float32) * (1 + t),
+        symmetric=True,
+    )
+    budget = bl.Budget(iterations=5, rtol=1e-5)
+    result = bl.hypergradient(
+        lambda x, _: jnp.sum(x**2),
+        problem,
+        jnp.float32(0.3),
+        jnp.zeros(20, jnp.float32),
+        solver=bs.lineax(lineax.CG(1e-6, 1e-6)),
+        budget=budget,
+        adjoint_budget=budget,
+    )
+    assert int(result.adjoint.status) >= bl.Status.DIVERGED
+    assert np.isnan(result.gradient)
+
+
+@pytest.mark.parametrize("weight", [1e-3, 5.0])
+def test_penalties_of_any_weight_are_no_constraints(weight):
+    curvature = jnp.array([1.0, 3.0])
+    problem = bl.CompositeMinimization(
+        lambda x, t: 0.5 * jnp.sum(curvature * (x - 10 * t) ** 2), bl.L1(weight)
+    )
+    solver = bs.jaxopt(jaxopt.ProjectedGradient)
+    solution = bl.solve(problem, jnp.ones(2), jnp.zeros(2), solver=solver)
+    assert int(solution.status) == bl.Status.BREAKDOWN
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: bs.scipy_minimize("L-BFGS-B", foo=1e-3), "foo is not among the options"),
+        (lambda: bs.scipy_minimize("Newton-CG", bounds=((0, 1),)), "bounds is not among"),
+        (lambda: bs.scipy_root("krylov", foo=1e-3), "foo is not among the options"),
+        (lambda: bs.scipy_sparse("cg", foo=1), "foo is not among the options"),
+        (lambda: bs.scipy_sparse("splu", foo=1), "foo is not among the options"),
+        (lambda: bs.pyamg(foo=1), "foo is not among the options"),
+        (lambda: bs.pyamg(cycle="Q"), "cycle must be one of V, W, F, AMLI, got 'Q'"),
+        (lambda: bs.pyamg(accel="zzz"), "accel must be a method of pyamg.krylov"),
+        (lambda: bs.optimistix(optimistix.Bisection(1e-3, 1e-3), lowr=1), "did you mean lower"),
+        (lambda: bs.optimistix(optimistix.Bisection(1e-3, 1e-3)), "needs lower and upper"),
+    ],
+)
+def test_misspelt_options_are_refused_at_once(make, said):
+    with pytest.raises(ValueError, match=said):
+        make()
+
+
+def test_what_a_host_function_raises_is_shown_whatever_it_is():
+    def divide(problem, x, iterations, rtol):
+        del problem, iterations, rtol
+        return x * (1 // 0)
+
+    problem = bl.RootFinding(lambda x, theta: x - theta)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="ZeroDivisionError"):
+        jax.block_until_ready(bl.solve(problem, 1.0, 2.0, solver=bs.host(divide)).value)
+
+
+@pytest.mark.parametrize("count", [3.0, np.int32(3), np.array(3), 10**6])
+def test_counts_of_any_kind_are_read_and_kept_below_the_cap(count):
+    problem = bl.RootFinding(lambda x, theta: x - theta)
+    solver = bs.host(lambda problem, x, iterations, rtol: (problem.theta, count))
+    solution = bl.solve(problem, 1.0, 2.0, solver=solver, budget=bl.Budget(iterations=5))
+    assert int(solution.iterations) == min(int(count), 5)
 
 
 def test_an_unknown_theta_is_asked_for():

@@ -49,6 +49,49 @@ def batches(size=20):
         yield tuple(tuple(part[some] for part in half) for half in WHOLE)
 
 
+def test_tolerances_end_the_steps_on_a_batch_and_a_tolerance_alone_will_do():
+    soba = bl.Simultaneous(
+        lambda x, t, _: 0.5 * jnp.sum((x - t) ** 2),
+        lambda x, t, _: jnp.sum((x - 1) ** 2),
+        jnp.zeros(2),
+        optax.sgd(0.3),
+    )
+    result, memory = soba(
+        jnp.full(2, 3.0), (None, None), bl.Fidelity(bl.Budget(rtol=1e-6)), soba.memory
+    )
+    assert 30 < int(result.primal.iterations) < 100
+    assert int(result.primal.status) == bl.Status.CONVERGED
+    assert int(result.adjoint.status) == bl.Status.CONVERGED
+    np.testing.assert_allclose(result.gradient, 2 * (memory.x - 1), rtol=1e-5)
+    capped, _ = soba(jnp.ones(2), (None, None), bl.Fidelity(bl.Budget(4, rtol=1e-6)), soba.memory)
+    assert int(capped.primal.iterations) == 4
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda made: made(x0=jnp.zeros(2, complex)), "x0 should be real"),
+        (lambda made: made(objective=lambda x, t, b: x), "objective should return one real"),
+        (lambda made: made(outer_loss=lambda x, t, b: x), "outer_loss should return one real"),
+        (lambda made: made(memory=jnp.zeros(5)), "memory=soba.memory"),
+    ],
+)
+def test_what_it_cannot_take_is_named(call, said: str):
+    def made(**given):
+        memory = given.pop("memory", None)
+        parts = {
+            "objective": lambda x, t, b: jnp.sum((x - t) ** 2),
+            "outer_loss": lambda x, t, b: jnp.sum(x**2),
+            "x0": jnp.zeros(2),
+        } | given
+        soba = bl.Simultaneous(**parts, optimizer=optax.sgd(0.1))
+        memory = soba.memory if memory is None else memory
+        return soba(jnp.ones(2), (None, None), bl.Fidelity(bl.Budget(1)), memory)
+
+    with pytest.raises(TypeError, match=said):
+        call(made)
+
+
 def test_updates_are_those_of_the_published_algorithm():
     soba = bl.Simultaneous(objective, outer_loss, jnp.ones(4), optax.sgd(0.2))
     task = bl.Task(
