@@ -28,6 +28,7 @@ except ImportError as error:
     _MISSING = "BilevelSearch needs scikit-learn 1.6 or newer: pip install 'scikit-learn>=1.6'"
     raise ImportError(_MISSING) from error
 
+from bilevel.outer.task import check_parts
 from bilevel_solvers.search_estimators import (
     NAMES,
     Prepared,
@@ -286,6 +287,9 @@ class BilevelSearch(MetaEstimatorMixin, BaseEstimator):
                 f"{self.scoring!r}. Several cannot decide which step is best."
             )
             raise ValueError(msg)
+        parts = ("init", "update", "fidelity")
+        if self.controller is not None:
+            check_parts("BilevelSearch", "controller", self.controller, parts, "a controller")
         if self.engine not in {"auto", "jax", "numpy"}:
             msg = f"BilevelSearch: engine must be 'auto', 'jax' or 'numpy', got {self.engine!r}."
             raise ValueError(msg)

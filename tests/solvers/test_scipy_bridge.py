@@ -38,6 +38,13 @@ def test_value_and_gradient_are_those_of_the_closed_form():
     assert gradient.dtype == np.float64
 
 
+def test_a_theta_with_nones_of_its_own():
+    problem = bl.Minimization(lambda x, theta: jnp.sum((x - theta["a"]) ** 2))
+    objective = scipy_objective(outer, problem, {"a": jnp.zeros(3), "b": None}, jnp.zeros(3))
+    _, gradient = objective(np.ones(3))
+    np.testing.assert_allclose(gradient, 2 * (1 - np.asarray(TARGET)), rtol=1e-6)
+
+
 def test_gradient_agrees_with_differences():
     objective = ridge()
     point = np.array([0.5, -1.0, 2.0, 0.3])

@@ -212,6 +212,10 @@ def test_any_folds():
     assert search.n_splits_ == 1
     model = Ridge(**search.best_params_).fit(X[40:], y[40:])
     assert search.best_score_ == pytest.approx(model.score(X[:40], y[:40]))
+    # Masks mean what they mean to scikit-learn.
+    mask = np.arange(len(y)) < 40
+    masked = BilevelSearch(Ridge(), cv=[(~mask, mask)]).fit(X, y)
+    assert masked.best_score_ == pytest.approx(search.best_score_)
 
 
 def test_one_class_in_a_fold_is_named():
@@ -244,6 +248,7 @@ def test_one_class_in_a_fold_is_named():
         (Ridge(), {"tol": 0.0}, ValueError, "tol must be"),
         (Ridge(), {"scoring": ["r2"]}, ValueError, "one scorer"),
         (Ridge(), {"engine": "torch"}, ValueError, "engine must be"),
+        (Ridge(), {"controller": 3}, TypeError, "controller should be"),
         (
             Ridge(),
             {"engine": "numpy", "controller": bl.FixedFidelity(bl.Budget(5))},
