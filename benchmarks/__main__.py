@@ -18,6 +18,7 @@ BENCHMARKS = {
     "flow": "Navier–Stokes: the published data, a cavity, preconditioned and not",
     "search": "BilevelSearch against a grid search: score, and time with the first compilation",
     "bilevel_suite": "SOBA, AmIGO, stocBiO and nested solves on benchmark_bilevel's problems",
+    "long_runs": "10,000 updates: memory, and what history and checkpoints cost",
     "published": "figures from the literature, reproduced",
 }
 

@@ -67,9 +67,9 @@ class Regression:
 
     def __init__(self, seed: int, acceleration: str):
         random = np.random.default_rng(seed)
-        measured, progression = load_diabetes(return_X_y=True)
-        order = random.permutation(len(measured))
-        measured, targets = measured[order], progression[order]
+        data, progression = (np.asarray(part) for part in load_diabetes(return_X_y=True))
+        order = random.permutation(len(data))
+        measured, targets = data[order], progression[order]
         count = measured.shape[1]
         pairs = [(i, j) for i in range(count) for j in range(i, count)]
         # The square of a feature with two values says what the feature itself says.

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bilevel.outer import text
+from bilevel.outer.frame import data_frame
 from bilevel.outer.suggestion import did_you_mean
 
 
@@ -113,6 +114,8 @@ class History(Sequence[Record]):
     array([1. , 0.5])
     >>> history.total("updates")
     8
+
+    `to_dataframe` gives a table of pandas or polars.
     """
 
     def __init__(self, records: Iterable[Record] = ()):
@@ -152,6 +155,16 @@ class History(Sequence[Record]):
     def columns(self) -> dict[str, np.ndarray]:
         """Every field over all records, as a table of columns."""
         return {name: self.column(name) for name in FIELDS}
+
+    def to_dataframe(self) -> Any:
+        """A data frame of pandas, or of polars where that alone is installed: a row an epoch.
+
+        Whole numbers are whole, and what was not measured is missing.
+
+        **Raises:** `ImportError` where neither is installed.
+        """
+        columns = {name: [getattr(record, name) for record in self._records] for name in FIELDS}
+        return data_frame("History.to_dataframe", columns, whole=_INTEGERS)
 
     def total(self, name: str) -> int | float | None:
         """Sum of a field over all records that have it; `None` if none has."""

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +115,28 @@ def test_a_table_shows_first_and_last_and_no_empty_column():
     assert shown == ["0", "25", "50", "74", "99"]
     assert "error [m]" in text
     assert "gradient" not in text
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_a_data_frame_of_whichever_library_is_there(library: str, monkeypatch: pytest.MonkeyPatch):
+    frames = pytest.importorskip(library)
+    if library == "polars":
+        monkeypatch.setitem(sys.modules, "pandas", None)
+    history = History([Record(epoch=0, metric=1.0), Record(epoch=1, metric=0.5, level=3)])
+    frame = history.to_dataframe()
+    assert isinstance(frame, frames.DataFrame)
+    assert list(frame.columns) == list(FIELDS)
+    assert frame["metric"].to_list() == [1.0, 0.5]
+    # Whole numbers stay whole beside what is missing.
+    assert frame["level"].to_list()[1] == 3
+    assert "int64" in str(frame["level"].dtype).lower()
+    assert frame["level"].to_list()[0] is None or frame["level"].isna()[0]
+
+
+def test_without_a_library_of_data_frames_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    for name in ("pandas", "polars"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match="needs pandas or polars: pip install pandas"):
+        History([Record(epoch=0)]).to_dataframe()
