@@ -58,7 +58,7 @@ class Cleaning:
 
     def __init__(self, train: int, validation: int, noise: float, seed: int, solver: str):
         random = np.random.default_rng(seed)
-        pixels, digits = load_digits(return_X_y=True)
+        pixels, digits = (np.asarray(part) for part in load_digits(return_X_y=True))
         if not 0 < train + validation < len(pixels):
             msg = (
                 f"train and validation together leave some of the {len(pixels)} digits for "
