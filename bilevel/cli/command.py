@@ -1,5 +1,6 @@
 """`main`: from the words of a command line to an exit code."""
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     0
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if words == ["--version"]:
+        import bilevel
+
+        put(f"bilevel {bilevel.__version__}")
+        return DONE
     try:
         return _main(words)
     except UsageError as error:
@@ -41,29 +47,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
 
 
-def _main(words: list[str]) -> int:
-    if words == ["--version"]:
-        import bilevel
+def _train(options: argparse.Namespace, words: list[str]) -> int:
+    from bilevel.cli.configuration import located
 
-        put(f"bilevel {bilevel.__version__}")
-        return DONE
+    try:
+        if options.command == "run":
+            from bilevel.cli.run import run
+
+            return run(options)
+        from bilevel.cli.compare import compare
+
+        return compare(options, words)
+    except UsageError as error:
+        raise UsageError(located(str(error), options)) from error
+
+
+def _main(words: list[str]) -> int:
     try:
         options = parse(words)
     except SystemExit as leave:  # argparse has printed its help
         return int(leave.code or DONE)
     # Each command imports what it needs: help and errors come at once.
-    if options.command == "run":
-        from bilevel.cli.run import run
-
-        return run(options)
-    if options.command == "compare":
-        from bilevel.cli.compare import compare
-
-        return compare(options, words)
+    if options.command in ("run", "compare"):
+        return _train(options, words)
     if options.command == "plot":
         from bilevel.cli.plot import plot
 
         return plot(options)
+    if options.command == "schema":
+        from bilevel.cli.configuration import schema
+
+        put(schema(options.of))
+        return DONE
     from bilevel.cli.info import info
 
     return info(options)

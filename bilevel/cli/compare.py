@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from bilevel.cli.configuration import configure
 from bilevel.cli.failure import DONE, UsageError
 from bilevel.cli.output import put, say
 from bilevel.cli.signals import leaving_on_signals
@@ -13,6 +14,7 @@ from bilevel.cli.training import (
     check_trainable,
     console,
     directory_for,
+    keep_configuration,
     load,
     make_directory,
     report,
@@ -33,6 +35,7 @@ def compare(options: argparse.Namespace, words: Sequence[str]) -> int:
 
     **Returns:** the exit code.
     """
+    configuration = configure(options)
     file = load(options)
     if len(options.seeds) > 1 and not file.seeded:
         msg = (
@@ -55,6 +58,7 @@ def compare(options: argparse.Namespace, words: Sequence[str]) -> int:
             msg = f"{occupied} holds results already; add --overwrite, or name another directory."
             raise UsageError(msg)
     make_directory(directory)
+    keep_configuration(directory, options, configuration, file)
     with leaving_on_signals() as leaving, file.guard():
         outcome = compare_policies(
             file.build,

@@ -1,6 +1,7 @@
 """The options of each command."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,6 +30,14 @@ _FILE = """the file:
 
 _MOST_SEEDS = 10_000
 
+_CONFIGURED = ("run", "compare")
+_WORD = re.compile(r"^[A-Za-z_][\w.]*=")
+_KEYS = """configuration:
+  KEY=VALUE words, such as task.width=64 or checkpoints.seconds=600, and --config FILE in TOML
+  or YAML have the keys that `bilevel schema COMMAND` tells; words come before options, and
+  options before the file; --set NAME=VALUE is task.NAME=VALUE
+"""
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises instead of printing usage and leaving."""
@@ -50,6 +59,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         msg = f"there is no command {words[0]!r}{did_you_mean(words[0], commands)}"
         raise UsageError(msg)
     options, surplus = parser.parse_known_args(argv)
+    if options.command in _CONFIGURED:
+        # Anywhere among the options, where a list of positional words could not stand.
+        options.words = [word for word in surplus if _WORD.match(word)]
+        surplus = [word for word in surplus if not _WORD.match(word)]
     if surplus:
         known = commands[options.command] if options.command else parser
         raise UsageError(_surplus(surplus[0], known))
@@ -77,7 +90,7 @@ def _parsers() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
     )
     parser.add_argument("--version", action="store_true", help="print the version and leave")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    run = _command(commands, "run", "train a task", f"{_FILE}\n{_POLICIES}")
+    run = _command(commands, "run", "train a task", f"{_FILE}\n{_KEYS}\n{_POLICIES}")
     _add_task(run)
     run.add_argument(
         "--policy",
@@ -85,25 +98,25 @@ def _parsers() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
         help="how accurate each step is, see below (the task's own controller, else prdp on its "
         "ladder, else full)",
     )
-    run.add_argument("--seed", type=_seed, default=0, metavar="N", help="random seed (0)")
+    run.add_argument("--seed", type=_seed, metavar="N", help="random seed (0)")
     run.add_argument("--resume", action="store_true", help="go on with the run in --directory")
     run.add_argument(
-        "--strict", action="store_true", help="with --resume: stop where a checkpoint is damaged"
+        "--strict",
+        action="store_true",
+        default=None,
+        help="with --resume: stop where a checkpoint is damaged",
     )
     run.add_argument(
         "--checkpoint-seconds",
         type=_share,
-        default=60.0,
         metavar="S",
         help="between two checkpoints (60)",
     )
-    run.add_argument(
-        "--keep", type=_whole, default=2, metavar="N", help="checkpoints, besides the best (2)"
-    )
+    run.add_argument("--keep", type=_whole, metavar="N", help="checkpoints, besides the best (2)")
     _add_output(run)
 
     compare = _command(
-        commands, "compare", "train a task under several policies", f"{_FILE}\n{_POLICIES}"
+        commands, "compare", "train a task under several policies", f"{_FILE}\n{_KEYS}\n{_POLICIES}"
     )
     _add_task(compare)
     compare.add_argument(
@@ -114,7 +127,6 @@ def _parsers() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
     compare.add_argument(
         "--seeds",
         type=_seeds,
-        default=(0,),
         metavar="N",
         help="how many seeds, from 0; or a list with commas in it, such as 1,2,25 (1)",
     )
@@ -127,7 +139,6 @@ def _parsers() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
     compare.add_argument(
         "--margin",
         type=_share,
-        default=0.02,
         metavar="X",
         help="part of full's final metric by which another may miss it (0.02)",
     )
@@ -138,6 +149,9 @@ def _parsers() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
     plot.add_argument(
         "--output", type=_path, metavar="FILE", help="picture to write (a PNG in the directory)"
     )
+
+    schema = _command(commands, "schema", "the JSON schema of a command's configuration", None)
+    schema.add_argument("of", choices=("run", "compare"), metavar="COMMAND", help="run or compare")
 
     info = _command(commands, "info", "versions, devices, adapters, and what is missing", None)
     info.add_argument("--json", action="store_true", help="print JSON")
@@ -157,6 +171,9 @@ def _command(commands: Any, name: str, summary: str, epilog: str | None) -> Pars
 
 def _add_task(parser: Parser) -> None:
     parser.add_argument("task", metavar="FILE.py[:NAME]", help="the task (see below)")
+    parser.add_argument(
+        "--config", type=_path, metavar="FILE", help="a configuration in TOML or YAML (see schema)"
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -179,7 +196,6 @@ def _add_task(parser: Parser) -> None:
     parser.add_argument(
         "--max-nonfinite",
         type=_whole,
-        default=10,
         metavar="N",
         help="non-finite updates in a row before a run is given up (10)",
     )

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from bilevel.cli.configuration import configure
 from bilevel.cli.failure import DONE, FAILED, UsageError
 from bilevel.cli.output import put, say
 from bilevel.cli.signals import leaving_on_signals
@@ -10,6 +11,7 @@ from bilevel.cli.training import (
     check_trainable,
     console,
     directory_for,
+    keep_configuration,
     load,
     make_directory,
     report,
@@ -17,7 +19,6 @@ from bilevel.cli.training import (
 from bilevel.outer.archive import NotKeptError, ResumeError
 from bilevel.outer.assignment import controller_for, default_policy
 from bilevel.outer.checkpoints.owner import DirectoryInUseError
-from bilevel.outer.checkpoints.settings import Checkpoints
 from bilevel.outer.checkpoints.store import has_checkpoints
 from bilevel.outer.optimize import NonFiniteError, optimize
 from bilevel.outer.policy import parse_policy
@@ -30,6 +31,7 @@ def run(options: argparse.Namespace) -> int:
 
     **Returns:** the exit code.
     """
+    configuration = configure(options)
     file = load(options)
     task = file.build(options.seed)
     check_trainable(task, options)
@@ -42,6 +44,7 @@ def run(options: argparse.Namespace) -> int:
     directory = directory_for(options, f"{task.name}-{policy.text}")
     _check_directory(options, directory)
     make_directory(directory)
+    keep_configuration(directory, options, configuration, file)
     try:
         with leaving_on_signals() as leaving, file.guard():
             outcome = optimize(
@@ -55,9 +58,7 @@ def run(options: argparse.Namespace) -> int:
                 overwrite=options.overwrite,
                 resume=options.resume,
                 label=policy.text,
-                checkpoints=Checkpoints(
-                    seconds=options.checkpoint_seconds, last=options.keep, strict=options.strict
-                ),
+                checkpoints=options.checkpoints,
             )
     except (ResumeError, DirectoryInUseError) as error:
         raise UsageError(str(error).removeprefix("optimize: ")) from error

@@ -66,6 +66,19 @@ class TaskFile:
             return False
         return "seed" in inspect.signature(self._found).parameters
 
+    @property
+    def effective(self) -> dict[str, str]:
+        """The arguments of the task's function as they are, defaults included, in words."""
+        if isinstance(self._found, Task):
+            return {}
+        known = inspect.signature(self._found).parameters.values()
+        defaults = {
+            parameter.name: parameter.default
+            for parameter in known
+            if parameter.default is not parameter.empty
+        }
+        return {name: repr(value) for name, value in (defaults | self._arguments).items()}
+
     def build(self, seed: int) -> Task:
         """The task, made anew with a seed where its function takes one.
 

@@ -1,6 +1,7 @@
 """What `run` and `compare` have in common: precision, directories, reports."""
 
 import argparse
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,12 +9,15 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
+from bilevel.cli.configuration import Configuration
 from bilevel.cli.failure import UsageError, reason
 from bilevel.cli.taskfile import TaskFile
+from bilevel.outer.checkpoints.durable import write_file
 from bilevel.outer.run import Run
 from bilevel.outer.task import Task
 
 ROOT = Path("runs")
+CONFIGURATION_FILE = "configuration.json"
 _WIDE = 120
 
 
@@ -79,6 +83,21 @@ def make_directory(directory: Path | None) -> None:
             pass
     except OSError as error:
         raise UsageError(_unwritable(directory, error)) from error
+
+
+def keep_configuration(
+    directory: Path | None,
+    options: argparse.Namespace,
+    configuration: Configuration,
+    file: TaskFile,
+) -> None:
+    """Keep what a command was run with, defaults included, beside its results."""
+    if directory is None:
+        return
+    effective = configuration.model_dump(mode="json")
+    effective["task"] = file.effective
+    content = {"command": options.command, "file": str(options.task), "configuration": effective}
+    write_file(directory / CONFIGURATION_FILE, f"{json.dumps(content, indent=2)}\n".encode())
 
 
 def _unwritable(directory: Path, error: OSError) -> str:

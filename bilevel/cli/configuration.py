@@ -1,0 +1,278 @@
+"""Configurations: a command's options in a TOML or YAML file, and on the command line."""
+
+import argparse
+import contextlib
+import json
+import os
+import stat
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from bilevel.cli.failure import UsageError, reason
+from bilevel.cli.yaml import read_yaml
+from bilevel.outer.checkpoints.settings import Checkpoints
+from bilevel.outer.settings import Count, Name, Settings
+from bilevel.outer.suggestion import did_you_mean
+
+MOST_BYTES = 2**20
+"""A configuration may have."""
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Real = Annotated[float, Field(allow_inf_nan=False)]
+Scalar = bool | int | float | str
+Value = Scalar | list[Any] | dict[str, Any] | None
+
+
+class Configuration(Settings):
+    """What both commands have.
+
+    - `task`: arguments of the task's function. The task itself is what the command names:
+        nothing here can name code.
+    - `epochs`, `max_nonfinite`: as `bl.optimize` has them.
+    - `precision`: by default, if the task's file does not say.
+    - `checkpoints`: how often, and how many are kept.
+    """
+
+    task: dict[Name, Value] = Field(default_factory=dict)
+    epochs: Count | None = None
+    max_nonfinite: Count = 10
+    precision: Literal["float32", "float64"] | None = None
+
+
+class RunConfiguration(Configuration):
+    """Of `bilevel run`."""
+
+    policy: str | None = None
+    seed: Seed = 0
+    checkpoints: Checkpoints = Checkpoints()
+
+
+class CompareConfiguration(Configuration):
+    """Of `bilevel compare`; `seeds` is a list of them."""
+
+    policies: Annotated[list[str], Field(min_length=1)] | None = None
+    seeds: Annotated[list[Seed], Field(min_length=1)] = Field(default_factory=lambda: [0])
+    target: Real | None = None
+    margin: Annotated[Real, Field(ge=0)] = 0.02
+
+
+MODELS: dict[str, type[RunConfiguration] | type[CompareConfiguration]] = {
+    "run": RunConfiguration,
+    "compare": CompareConfiguration,
+}
+
+
+def configure(options: argparse.Namespace) -> RunConfiguration | CompareConfiguration:
+    """The effective configuration of a command, which is put into its options, too.
+
+    What stands later overrides: the file, options of the command line, `KEY=VALUE` words.
+
+    **Raises:** `UsageError` in one line with file and key.
+    """
+    model = MODELS[options.command]
+    file: Path | None = options.config
+    written = {} if file is None else _checked(model, read(file), str(file))
+    options.in_file = [*written, *(f"task.{name}" for name in written.get("task", {}))]
+    for key, value in _flags(options).items():
+        _put(written, key.split("."), value)
+    for word in options.words:
+        key, _, value = word.partition("=")
+        given = dict[str, Any]()
+        _put(given, key.split("."), _value(value))
+        _checked(model, given, word)
+        _put(written, key.split("."), _value(value))
+    found = model(**_tupled(written))
+    _apply(options, found)
+    return found
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A configuration as plain data.
+
+    **Raises:** `UsageError` for a file that cannot be read, is no configuration, or is larger
+    than one can be.
+    """
+    if file.suffix not in (".toml", ".yaml", ".yml"):
+        msg = f"{file} should end in .toml, .yaml or .yml."
+        raise UsageError(msg)
+    try:
+        # A pipe would be waited for, and a device has no end.
+        handle = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        with os.fdopen(handle, "rb") as stream:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                msg = f"{file} is no file."
+                raise UsageError(msg)
+            content = stream.read(MOST_BYTES + 1)
+    except IsADirectoryError:
+        msg = f"{file} is no file."
+        raise UsageError(msg) from None
+    except OSError as error:
+        msg = f"cannot read {file}: {reason(error)}."
+        raise UsageError(msg) from error
+    if len(content) > MOST_BYTES:
+        msg = f"{file} has more than {MOST_BYTES:,} bytes, which no configuration needs."
+        raise UsageError(msg)
+    try:
+        text = content.decode("utf-8")
+        found: Any = tomllib.loads(text) if file.suffix == ".toml" else read_yaml(text)
+    except (ValueError, RecursionError) as error:
+        first = next(iter(str(error).splitlines()), "not to be read")
+        msg = f"{file}: {first}"
+        raise UsageError(msg) from None
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        msg = f"{file} should hold keys with values, got {type(found).__name__}."
+        raise UsageError(msg)
+    return found
+
+
+def schema(command: str) -> str:
+    """The JSON schema of a command's configuration."""
+    return json.dumps(MODELS[command].model_json_schema(), indent=2)
+
+
+def _checked(model: type[Configuration], given: dict[str, Any], where: str) -> dict[str, Any]:
+    """What was given, if it is of the model.
+
+    **Raises:** `UsageError` naming the key, and the nearest known one for one that is not.
+    """
+    try:
+        model(**_tupled(given))
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    except RecursionError:
+        msg = f"{where}: it is nested too deeply."
+        raise UsageError(msg) from None
+    else:
+        return given
+    path = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        known = list(model.model_fields) if len(path) == 1 else list(Checkpoints.model_fields)
+        msg = f"{where}: there is no key {'.'.join(path)}{did_you_mean(path[-1], known)}"
+        raise UsageError(msg)
+    named = _key(path, given)
+    words = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    msg = f"{where}: {named} {words}, got {_short(first['input'])}."
+    raise UsageError(msg)
+
+
+def _key(path: Sequence[str], given: Mapping[str, Any]) -> str:
+    """The part of a path that names keys: pydantic adds the branches of unions."""
+    kept: list[str] = []
+    part: Any = given
+    for name in path:
+        if isinstance(part, dict) and name in part:
+            part = part[name]
+        elif not (isinstance(part, list) and name.isdecimal()):
+            break
+        kept.append(name)
+    return ".".join(kept) or path[0]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return f"a {'table' if isinstance(value, dict) else 'list'}"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    for name in path[:-1]:
+        inner = tree.setdefault(name, {})
+        if not isinstance(inner, dict):
+            inner = tree[name] = {}
+        tree = inner
+    tree[path[-1]] = value
+
+
+def _value(written: str) -> Any:
+    """A value as TOML has it, or the word itself."""
+    try:
+        return tomllib.loads(f"x = {written}")["x"] if "\n" not in written else written
+    except (ValueError, RecursionError, KeyError):
+        return written
+
+
+def _tupled(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Strict models take a table of checkpoints as one of their own."""
+    found = dict(tree)
+    given = found.get("checkpoints")
+    if isinstance(given, dict):
+        # What is wrong with it, the model says.
+        with contextlib.suppress(pydantic.ValidationError, TypeError):
+            found["checkpoints"] = Checkpoints(**given)
+    return found
+
+
+def _flags(options: argparse.Namespace) -> dict[str, Any]:
+    """What the command line's options say, by key."""
+    found: dict[str, Any] = {}
+    for name, key in _OPTIONS.items():
+        value = getattr(options, name, None)
+        if value is not None:
+            found[key] = list(value) if isinstance(value, tuple) else value
+    if getattr(options, "policies", None) is not None:
+        found["policies"] = options.policies.split(",")
+    for name, chosen in (("x64", "float64"), ("float32", "float32")):
+        if getattr(options, name):
+            found["precision"] = chosen
+    return found
+
+
+_OPTIONS = {
+    "epochs": "epochs",
+    "max_nonfinite": "max_nonfinite",
+    "policy": "policy",
+    "seed": "seed",
+    "checkpoint_seconds": "checkpoints.seconds",
+    "keep": "checkpoints.last",
+    "strict": "checkpoints.strict",
+    "seeds": "seeds",
+    "target": "target",
+    "margin": "margin",
+}
+
+
+def _apply(options: argparse.Namespace, found: RunConfiguration | CompareConfiguration) -> None:
+    options.epochs, options.max_nonfinite = found.epochs, found.max_nonfinite
+    options.x64 = found.precision == "float64"
+    options.float32 = found.precision == "float32"
+    options.settings = [*_settings(found.task.items()), *options.settings]
+    if isinstance(found, RunConfiguration):
+        options.policy, options.seed = found.policy, found.seed
+        options.checkpoints = found.checkpoints
+    else:
+        options.policies = None if found.policies is None else ",".join(found.policies)
+        options.seeds = tuple(found.seeds)
+        options.target, options.margin = found.target, found.margin
+
+
+def _settings(given: Iterable[tuple[str, Any]]) -> list[tuple[str, str]]:
+    """Arguments of the task's function, as `--set` has them."""
+    return [(name, _written(value)) for name, value in given]
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return json.dumps(value) if isinstance(value, dict | list) else repr(value)
+
+
+def located(message: str, options: argparse.Namespace) -> str:
+    """A message about a value that stands in the configuration's file, with the file and key.
+
+    What is wrong with a value is often known only when it is used.
+    """
+    for key in getattr(options, "in_file", ()):
+        name = key.removeprefix("task.")
+        if f"--set {name}=" in message:
+            return message.replace("--set ", f"{options.config}: task.", 1)
+        if f"{name!r}" in message or (key.startswith("polic") and "polic" in message):
+            return f"{options.config}: {message}"
+    return message
