@@ -177,8 +177,8 @@ class Archive:
         # Also where it failed: a full disk should not be tried at every update.
         self._saved = time.monotonic()
 
-    def close(self, run: Run, mark: Mark) -> None:
-        """Keep the run as it ended.
+    def close(self, run: Run, mark: Mark | None) -> None:
+        """Keep the run as it ended, and the moment from which it can go on, if there is one.
 
         **Raises:** [`NotKeptError`][] naming file and cause.
         """
@@ -187,7 +187,8 @@ class Archive:
         try:
             self._write()
             run.save(self.directory)
-            self._save(mark)
+            if mark is not None:
+                self._save(mark)
         except OSError as error:
             msg = f"the run could not be kept: {_words(error)}"
             raise NotKeptError(msg, run) from error

@@ -184,7 +184,8 @@ class Training:
             for callback in self._callbacks:
                 callback.end(run)
         finally:
-            self._archive.close(run, self._passed.mark())
+            # Before the first metric there is nothing to go on from.
+            self._archive.close(run, self._passed.mark() if self._history else None)
             if message:
                 kept = self.settings.directory
                 self._progress.note(message if kept is None else f"{message}; kept in {kept}")
