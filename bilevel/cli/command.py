@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return MISUSED
     except TaskError:
         return FAILED
-    except KeyboardInterrupt:
-        say("interrupted.")
-        return INTERRUPTED
+    except KeyboardInterrupt as told:
+        say(" ".join(["interrupted", *map(str, told.args)]) + ".")
+        return getattr(told, "code", INTERRUPTED)
     except BrokenPipeError:
         # Whoever read the output has left; the interpreter must not trip over it at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(options: argparse.Namespace, words: list[str]) -> int:
     from bilevel.cli.configuration import located
+    from bilevel.outer.archive import NotKeptError
+    from bilevel.outer.checkpoints.owner import DirectoryInUseError
 
     try:
         if options.command == "run":
@@ -60,6 +62,11 @@ def _train(options: argparse.Namespace, words: list[str]) -> int:
         return compare(options, words)
     except UsageError as error:
         raise UsageError(located(str(error), options)) from error
+    except DirectoryInUseError as error:
+        raise UsageError(str(error)) from error
+    except NotKeptError as error:
+        say(str(error))
+        return FAILED
 
 
 def _main(words: list[str]) -> int:

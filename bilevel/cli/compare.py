@@ -11,10 +11,10 @@ from bilevel.cli.failure import DONE, UsageError
 from bilevel.cli.output import put, say
 from bilevel.cli.signals import leaving_on_signals
 from bilevel.cli.training import (
+    KeepConfiguration,
     check_trainable,
     console,
     directory_for,
-    keep_configuration,
     load,
     make_directory,
     report,
@@ -58,7 +58,6 @@ def compare(options: argparse.Namespace, words: Sequence[str]) -> int:
             msg = f"{occupied} holds results already; add --overwrite, or name another directory."
             raise UsageError(msg)
     make_directory(directory)
-    keep_configuration(directory, options, configuration, file)
     with leaving_on_signals() as leaving, file.guard():
         outcome = compare_policies(
             file.build,
@@ -72,6 +71,7 @@ def compare(options: argparse.Namespace, words: Sequence[str]) -> int:
             progress=not options.quiet,
             overwrite=options.overwrite,
             command=_written(words),
+            callbacks=[KeepConfiguration(directory, options, configuration, file)],
         )
     out = console()
     put(outcome.to_json()) if options.json else out.print(outcome.table())

@@ -6,15 +6,16 @@ import json
 import os
 import stat
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from bilevel.cli.failure import UsageError, reason
-from bilevel.cli.yaml import read_yaml
+from bilevel.cli.taskfile import Given
+from bilevel.cli.yaml import MOST_DEEP, read_yaml
 from bilevel.outer.checkpoints.settings import Checkpoints
 from bilevel.outer.settings import Count, Name, Settings
 from bilevel.outer.suggestion import did_you_mean
@@ -26,6 +27,13 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Real = Annotated[float, Field(allow_inf_nan=False)]
 Scalar = bool | int | float | str
 Value = Scalar | list[Any] | dict[str, Any] | None
+
+
+def _different(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) < len(seeds):
+        msg = "should differ from each other"
+        raise ValueError(msg)
+    return seeds
 
 
 class Configuration(Settings):
@@ -56,7 +64,9 @@ class CompareConfiguration(Configuration):
     """Of `bilevel compare`; `seeds` is a list of them."""
 
     policies: Annotated[list[str], Field(min_length=1)] | None = None
-    seeds: Annotated[list[Seed], Field(min_length=1)] = Field(default_factory=lambda: [0])
+    seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_different)] = Field(
+        default_factory=lambda: [0]
+    )
     target: Real | None = None
     margin: Annotated[Real, Field(ge=0)] = 0.02
 
@@ -80,14 +90,21 @@ def configure(options: argparse.Namespace) -> RunConfiguration | CompareConfigur
     options.in_file = [*written, *(f"task.{name}" for name in written.get("task", {}))]
     for key, value in _flags(options).items():
         _put(written, key.split("."), value)
+    for name, value in options.settings:
+        _put(written, ["task", name], _Written(value))
     for word in options.words:
         key, _, value = word.partition("=")
+        path = key.split(".")
         given = dict[str, Any]()
-        _put(given, key.split("."), _value(value))
+        if len(path) > MOST_DEEP:
+            msg = f"{word[:60]}: it is nested too deeply."
+            raise UsageError(msg)
+        _put(given, path, _value(value))
         _checked(model, given, word)
-        _put(written, key.split("."), _value(value))
-    found = model(**_tupled(written))
-    _apply(options, found)
+        _put(written, path, _value(value))
+    task = written.get("task", {})
+    found = model(**_tupled({**written, "task": {name: str(task[name]) for name in task}}))
+    _apply(options, found, task)
     return found
 
 
@@ -129,7 +146,28 @@ def read(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         msg = f"{file} should hold keys with values, got {type(found).__name__}."
         raise UsageError(msg)
+    _check_plain(found, str(file), [])
     return found
+
+
+def _check_plain(value: Any, where: str, path: list[str]) -> None:
+    """Refuse what has no place in a configuration, whatever its format can hold."""
+    key = ".".join(path)
+    if len(path) > MOST_DEEP:
+        msg = f"{where}: {key[:60]} is nested too deeply."
+        raise UsageError(msg)
+    if isinstance(value, dict):
+        for name, part in value.items():
+            if not isinstance(name, str):
+                msg = f"{where}: the key {name!r} should be text; put it in quotes."
+                raise UsageError(msg)
+            _check_plain(part, where, [*path, name])
+    elif isinstance(value, list):
+        for part in value:
+            _check_plain(part, where, [*path, "item"])
+    elif not (value is None or isinstance(value, bool | int | float | str)):
+        msg = f"{where}: {key} should be a number, text, a list or a table, got {_short(value)}."
+        raise UsageError(msg)
 
 
 def schema(command: str) -> str:
@@ -191,12 +229,20 @@ def _put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
     tree[path[-1]] = value
 
 
+class _Written(str):
+    """Text as it was typed, whose type the task's function decides."""
+
+    __slots__ = ()
+
+
 def _value(written: str) -> Any:
     """A value as TOML has it, or the word itself."""
     try:
-        return tomllib.loads(f"x = {written}")["x"] if "\n" not in written else written
+        found: Any = tomllib.loads(f"x = {written}")["x"]
     except (ValueError, RecursionError, KeyError):
-        return written
+        return _Written(written)
+    plain = isinstance(found, bool | int | float | str | list | dict)
+    return found if plain else _Written(written)
 
 
 def _tupled(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,11 +285,18 @@ _OPTIONS = {
 }
 
 
-def _apply(options: argparse.Namespace, found: RunConfiguration | CompareConfiguration) -> None:
+def _apply(
+    options: argparse.Namespace,
+    found: RunConfiguration | CompareConfiguration,
+    task: Mapping[str, Any],
+) -> None:
     options.epochs, options.max_nonfinite = found.epochs, found.max_nonfinite
     options.x64 = found.precision == "float64"
     options.float32 = found.precision == "float32"
-    options.settings = [*_settings(found.task.items()), *options.settings]
+    options.settings = [
+        (name, str(value) if isinstance(value, _Written) else Given(value))
+        for name, value in task.items()
+    ]
     if isinstance(found, RunConfiguration):
         options.policy, options.seed = found.policy, found.seed
         options.checkpoints = found.checkpoints
@@ -253,17 +306,6 @@ def _apply(options: argparse.Namespace, found: RunConfiguration | CompareConfigu
         options.target, options.margin = found.target, found.margin
 
 
-def _settings(given: Iterable[tuple[str, Any]]) -> list[tuple[str, str]]:
-    """Arguments of the task's function, as `--set` has them."""
-    return [(name, _written(value)) for name, value in given]
-
-
-def _written(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return json.dumps(value) if isinstance(value, dict | list) else repr(value)
-
-
 def located(message: str, options: argparse.Namespace) -> str:
     """A message about a value that stands in the configuration's file, with the file and key.
 
@@ -271,8 +313,8 @@ def located(message: str, options: argparse.Namespace) -> str:
     """
     for key in getattr(options, "in_file", ()):
         name = key.removeprefix("task.")
-        if f"--set {name}=" in message:
-            return message.replace("--set ", f"{options.config}: task.", 1)
+        if f"task.{name}:" in message or f"--set {name}=" in message:
+            return f"{options.config}: {message}"
         if f"{name!r}" in message or (key.startswith("polic") and "polic" in message):
             return f"{options.config}: {message}"
     return message

@@ -8,17 +8,16 @@ from bilevel.cli.failure import DONE, FAILED, UsageError
 from bilevel.cli.output import put, say
 from bilevel.cli.signals import leaving_on_signals
 from bilevel.cli.training import (
+    KeepConfiguration,
     check_trainable,
     console,
     directory_for,
-    keep_configuration,
     load,
     make_directory,
     report,
 )
-from bilevel.outer.archive import NotKeptError, ResumeError
+from bilevel.outer.archive import ResumeError
 from bilevel.outer.assignment import controller_for, default_policy
-from bilevel.outer.checkpoints.owner import DirectoryInUseError
 from bilevel.outer.checkpoints.store import has_checkpoints
 from bilevel.outer.optimize import NonFiniteError, optimize
 from bilevel.outer.policy import parse_policy
@@ -44,7 +43,6 @@ def run(options: argparse.Namespace) -> int:
     directory = directory_for(options, f"{task.name}-{policy.text}")
     _check_directory(options, directory)
     make_directory(directory)
-    keep_configuration(directory, options, configuration, file)
     try:
         with leaving_on_signals() as leaving, file.guard():
             outcome = optimize(
@@ -59,12 +57,10 @@ def run(options: argparse.Namespace) -> int:
                 resume=options.resume,
                 label=policy.text,
                 checkpoints=options.checkpoints,
+                callbacks=[KeepConfiguration(directory, options, configuration, file)],
             )
-    except (ResumeError, DirectoryInUseError) as error:
+    except (ResumeError, FileExistsError) as error:
         raise UsageError(str(error).removeprefix("optimize: ")) from error
-    except NotKeptError as error:
-        say(str(error))
-        return FAILED
     except NonFiniteError as error:
         if options.quiet:  # else the progress has said it
             say(str(error))

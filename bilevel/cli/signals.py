@@ -11,7 +11,14 @@ TOLD = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr
 
 
 class Told(KeyboardInterrupt):
-    """A signal said to leave: what was done so far is saved, as it is after Ctrl-C."""
+    """A signal said to leave: what was done so far is saved, as it is after Ctrl-C.
+
+    - `code`: of the exit.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(f"by {signal.Signals(number).name}")
+        self.code = 128 + number
 
 
 class Leaving:
@@ -26,10 +33,7 @@ class Leaving:
 
 @contextlib.contextmanager
 def leaving_on_signals() -> Generator[Leaving]:
-    """Let the first of the signals interrupt what goes on inside, and later ones do nothing.
-
-    A scheduler may send them again while the run is being saved. Ctrl-C still ends that.
-    """
+    """Let the signals interrupt what goes on inside, as Ctrl-C does."""
     leaving = Leaving()
     if threading.current_thread() is not threading.main_thread():
         yield leaving
@@ -37,13 +41,14 @@ def leaving_on_signals() -> Generator[Leaving]:
 
     def told(number: int, frame: FrameType | None) -> None:
         del frame
-        for other in TOLD:
-            signal.signal(other, signal.SIG_IGN)
+        # Not ignored from here on: Python drops what is raised within a callback of its garbage
+        # collector, and then the next one is heard. While a run is being saved they wait.
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         leaving.code = 128 + number
-        msg = f"by {signal.Signals(number).name}"
-        raise Told(msg)
+        raise Told(number)
 
-    before = {number: signal.signal(number, told) for number in TOLD}
+    before = {number: signal.signal(number, told) for number in (signal.SIGINT, *TOLD)}
     try:
         yield leaving
     finally:

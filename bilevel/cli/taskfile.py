@@ -2,6 +2,7 @@
 
 import ast
 import cmath
+import dataclasses
 import importlib.machinery
 import importlib.util
 import inspect
@@ -34,6 +35,17 @@ _OURS = (UsageError, TaskError, NonFiniteError, ResumeError, DirectoryInUseError
 """What is no fault of the user's file."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """An argument of a task's function as a configuration has it: a value with its type."""
+
+    value: Any
+
+
+Setting = tuple[str, str | Given]
+"""An argument by name: as written on the command line, or given with its type."""
+
+
 class TaskFile:
     """A task in a user's file, with what was set for it.
 
@@ -48,9 +60,7 @@ class TaskFile:
     `TaskError` if the file raises anything else, after showing it.
     """
 
-    def __init__(
-        self, target: str, settings: Sequence[tuple[str, str]] = (), *, traceback: bool = False
-    ):
+    def __init__(self, target: str, settings: Sequence[Setting] = (), *, traceback: bool = False):
         self.file, name = _split(target)
         self._traceback = traceback
         with self.guard():
@@ -215,7 +225,7 @@ def _lookup(module: types.ModuleType, name: str, file: Path) -> Any:
     raise UsageError(msg)
 
 
-def _arguments(found: Any, name: str, settings: Sequence[tuple[str, str]]) -> dict[str, Any]:
+def _arguments(found: Any, name: str, settings: Sequence[Setting]) -> dict[str, Any]:
     """The arguments of a task's function, in the types that it asks for."""
     if isinstance(found, Task):
         if settings:
@@ -235,10 +245,17 @@ def _arguments(found: Any, name: str, settings: Sequence[tuple[str, str]]) -> di
         if setting not in parameters:
             msg = f"{name} has no argument {setting!r}{did_you_mean(setting, parameters)}"
             raise UsageError(msg)
-        arguments[setting] = _typed(written, _type_of(found, parameters[setting]), setting)
+        kind = _type_of(found, parameters[setting])
+        if isinstance(written, Given):
+            arguments[setting] = _fitting(written.value, kind, setting)
+        else:
+            arguments[setting] = _typed(written, kind, setting)
         # A NaN trains for hours to nothing; a default that is one says that it is meant.
         if _all_finite(parameters[setting].default) and not _all_finite(arguments[setting]):
-            msg = f"--set {setting}={written}: {setting} should be finite."
+            shown = (
+                f"task.{setting}" if isinstance(written, Given) else f"--set {setting}={written}"
+            )
+            msg = f"{shown}: {setting} should be finite."
             raise UsageError(msg)
     missing = [
         parameter.name
@@ -293,6 +310,20 @@ def _typed(written: str, kind: Any, name: str) -> Any:
     except pydantic.ValidationError:
         message = first.errors(include_url=False)[0]["msg"].removeprefix("Input ")
         msg = f"--set {name}={written}: {name} {message}."
+        raise UsageError(msg) from None
+
+
+def _fitting(value: Any, kind: Any, name: str) -> Any:
+    """A value that has a type already, as the argument wants it."""
+    if kind is None:
+        return value
+    if kind in (tuple, set) and isinstance(value, list):
+        return kind(value)
+    try:
+        return pydantic.TypeAdapter[Any](kind, config=_config(kind)).validate_python(value)
+    except pydantic.ValidationError as error:
+        message = error.errors(include_url=False)[0]["msg"].removeprefix("Input ")
+        msg = f"task.{name}: {name} {message}, got {value!r}."
         raise UsageError(msg) from None
 
 

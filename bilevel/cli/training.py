@@ -12,6 +12,7 @@ from rich.console import Console
 from bilevel.cli.configuration import Configuration
 from bilevel.cli.failure import UsageError, reason
 from bilevel.cli.taskfile import TaskFile
+from bilevel.outer.callbacks import Callback, Event
 from bilevel.outer.checkpoints.durable import write_file
 from bilevel.outer.run import Run
 from bilevel.outer.task import Task
@@ -63,10 +64,17 @@ def directory_for(options: argparse.Namespace, name: str) -> Path | None:
         return directory
     slug = "".join(letter if letter.isalnum() else "-" for letter in name).strip("-") or "task"
     directory, number = ROOT / slug, 1
-    while directory.exists():
-        number += 1
-        directory = ROOT / f"{slug}-{number}"
-    return directory
+    while True:
+        try:
+            # Made at once: another command may be looking for a name, too.
+            directory.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+            directory = ROOT / f"{slug}-{number}"
+        except OSError as error:
+            raise UsageError(_unwritable(directory, error)) from error
+        else:
+            return directory
 
 
 def make_directory(directory: Path | None) -> None:
@@ -85,19 +93,40 @@ def make_directory(directory: Path | None) -> None:
         raise UsageError(_unwritable(directory, error)) from error
 
 
-def keep_configuration(
-    directory: Path | None,
-    options: argparse.Namespace,
-    configuration: Configuration,
-    file: TaskFile,
-) -> None:
-    """Keep what a command was run with, defaults included, beside its results."""
-    if directory is None:
-        return
-    effective = configuration.model_dump(mode="json")
-    effective["task"] = file.effective
-    content = {"command": options.command, "file": str(options.task), "configuration": effective}
-    write_file(directory / CONFIGURATION_FILE, f"{json.dumps(content, indent=2)}\n".encode())
+class KeepConfiguration(Callback):
+    """Keeps what a command was run with, defaults included, once its run has the directory.
+
+    **Arguments:**
+
+    - `directory`: of the results; `None` keeps nothing.
+    - `options`, `configuration`, `file`: of the command.
+    """
+
+    def __init__(
+        self,
+        directory: Path | None,
+        options: argparse.Namespace,
+        configuration: Configuration,
+        file: TaskFile,
+    ):
+        effective = configuration.model_dump(mode="json")
+        effective["task"] = file.effective
+        content = {"command": options.command, "file": str(options.task)}
+        self._content = json.dumps({**content, "configuration": effective}, indent=2)
+        self._file = None if directory is None else directory.absolute() / CONFIGURATION_FILE
+
+    def start(self, event: Event) -> None:
+        """Write it.
+
+        **Raises:** `UsageError` where that cannot be done.
+        """
+        del event
+        if self._file is None:
+            return
+        try:
+            write_file(self._file, f"{self._content}\n".encode())
+        except OSError as error:
+            raise UsageError(_unwritable(self._file, error)) from error
 
 
 def _unwritable(directory: Path, error: OSError) -> str:

@@ -3,6 +3,9 @@
 import importlib
 from typing import Any
 
+MOST_DEEP = 32
+"""Collections within collections: it takes long to see that a thousand have no end."""
+
 
 def read_yaml(text: str) -> Any:
     """Plain data of a YAML text: no tags, no aliases, no key twice.
@@ -18,6 +21,8 @@ def read_yaml(text: str) -> Any:
     class Loader(yaml.SafeLoader):
         """Refuses what the safe loader lets pass."""
 
+        depth = 0
+
         def compose_node(self, parent: Any, index: Any) -> Any:
             """No aliases: a few of them stand for more than fits into memory."""
             event = self.peek_event()
@@ -25,7 +30,13 @@ def read_yaml(text: str) -> Any:
                 line = event.start_mark.line + 1
                 msg = f"line {line}: anchors and aliases are not for configurations"
                 raise ValueError(msg)
-            return super().compose_node(parent, index)
+            self.depth += 1
+            if self.depth > MOST_DEEP:
+                msg = f"line {event.start_mark.line + 1}: it is nested too deeply"
+                raise ValueError(msg)
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:  # noqa: FBT001, FBT002
             """No key twice: the first would be dropped without a word."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import PyTree
 
+from bilevel.outer.checkpoints.durable import sweep
 from bilevel.outer.checkpoints.owner import Owner
 from bilevel.outer.checkpoints.settings import Checkpoints
 from bilevel.outer.checkpoints.store import Moment, OtherRunError, Store
@@ -82,9 +83,12 @@ class Archive:
     def __init__(
         self, directory: Path | None, begun_with: dict[str, str], checkpoints: Checkpoints
     ):
-        self.directory = directory
+        # Absolute: a run outlives a change of the working directory.
+        self.directory = None if directory is None else directory.absolute()
         self._settings = checkpoints
-        self._store = None if directory is None else Store(directory, begun_with, checkpoints.last)
+        self._store = (
+            None if directory is None else Store(directory.absolute(), begun_with, checkpoints.last)
+        )
         self._owner: Owner | None = None
         self._history: int | None = None
         self._lines = bytearray()
@@ -107,6 +111,9 @@ class Archive:
 
     def release(self) -> None:
         """Leave the directory to others."""
+        if self._history is not None:
+            os.close(self._history)
+            self._history = None
         if self._owner is not None:
             self._owner.release()
             self._owner = None
@@ -122,6 +129,7 @@ class Archive:
         if self.directory is None or self._store is None:
             return
         self._say = say
+        sweep(self.directory)
         for line in self._damage:
             say(line)
         if history:
@@ -173,7 +181,7 @@ class Archive:
         try:
             self._save(mark)
         except OSError as error:
-            self._say(f"a checkpoint could not be written, and is tried again: {_words(error)}")
+            self._say(f"a checkpoint could not be written, and is tried again: {in_words(error)}")
         # Also where it failed: a full disk should not be tried at every update.
         self._saved = time.monotonic()
 
@@ -184,17 +192,21 @@ class Archive:
         """
         if self._history is None or self.directory is None:
             return
-        try:
-            self._write()
-            run.save(self.directory)
-            if mark is not None:
-                self._save(mark)
-        except OSError as error:
-            msg = f"the run could not be kept: {_words(error)}"
-            raise NotKeptError(msg, run) from error
-        finally:
-            os.close(self._history)
-            self._history = None
+        failures: list[OSError] = []
+        parts = [self._write, lambda: run.save_result(self.directory or Path())]
+        if mark is not None:
+            parts.append(lambda: self._save(mark))
+        # Each for itself: where one file cannot be written, another may.
+        for part in parts:
+            try:
+                part()
+            except OSError as error:
+                failures.append(error)
+        os.close(self._history)
+        self._history = None
+        if failures:
+            msg = f"the run could not be kept: {in_words(failures[0])}"
+            raise NotKeptError(msg, run) from failures[0]
 
     def restore(self, like: Callable[[Moment], PyTree]) -> tuple[Moment, PyTree, History]:
         """The newest checkpoint that is whole, and the records up to it.
@@ -209,7 +221,7 @@ class Archive:
         assert self._store is not None
         try:
             found = self._store.newest(like, strict=self._settings.strict)
-            history = History.decode(found.history, HISTORY_FILE)
+            history = _ending_with(found.place.epoch, found.history)
         except OtherRunError as error:
             msg = (
                 f"optimize: {self.directory} holds a run of something else: {error}. Go on with "
@@ -234,7 +246,7 @@ class Archive:
         try:
             self._store.prune(self._best[1] if self._best and self._settings.best else None)
         except OSError as error:
-            self._say(f"an old checkpoint could not be removed: {_words(error)}")
+            self._say(f"an old checkpoint could not be removed: {in_words(error)}")
 
     def _keep(self, mark: Mark) -> None:
         assert self._store is not None
@@ -246,7 +258,9 @@ class Archive:
             self._write()
         except OSError as error:
             if not self._complained:
-                self._say(f"the history could not be written, and is tried again: {_words(error)}")
+                self._say(
+                    f"the history could not be written, and is tried again: {in_words(error)}"
+                )
             self._complained = True
 
     def _write(self) -> None:
@@ -254,7 +268,11 @@ class Archive:
         assert self._history is not None
         while self._flushed < len(self._lines):
             rest = self._lines[self._flushed :]
-            self._flushed += os.pwrite(self._history, rest, self._flushed)
+            try:
+                self._flushed += os.pwrite(self._history, rest, self._flushed)
+            except OSError as error:
+                where = str((self.directory or Path()) / HISTORY_FILE)
+                raise OSError(error.errno, error.strerror, where) from None
 
 
 def _line(record: Record) -> bytes:
@@ -266,12 +284,21 @@ def _line(record: Record) -> bytes:
         return json.dumps(encode(known), allow_nan=False).encode() + b"\n"
 
 
+def _ending_with(epoch: int, lines: bytes) -> History:
+    history = History.decode(lines, HISTORY_FILE)
+    if not history or history[-1].epoch != epoch:
+        msg = f"the checkpoint's history does not end with epoch {epoch}"
+        raise ValueError(msg)
+    return history
+
+
 def _once(make: Callable[[], Any]) -> Callable[[], Any]:
     made = make()
     return lambda: made
 
 
-def _words(error: OSError) -> str:
+def in_words(error: OSError) -> str:
+    """File and cause."""
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror or error}"
 

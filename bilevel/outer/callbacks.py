@@ -139,19 +139,26 @@ class Patience(Callback):
         self._since = 0
 
     def start(self, event: Event) -> None:
-        """Begin with the metric before training."""
+        """Begin with the metrics so far: that before training, or all of a resumed run."""
         self._best, self._since = math.inf, -1
-        self.epoch(event)
+        for record in event.history:
+            self._look(record.metric)
+        self._end(event)
 
     def epoch(self, event: Event) -> None:
         """Compare with the best metric so far."""
-        metric = event.record.metric
+        self._look(event.record.metric)
+        self._end(event)
+
+    def _look(self, metric: float | None) -> None:
         self._since += 1
         if metric is None:
             return
         if metric < self._best - self.improvement * abs(self._best) or math.isinf(self._best):
             self._best, self._since = metric, 0
-        if self._since >= self.epochs:
+
+    def _end(self, event: Event) -> None:
+        if event.record.metric is not None and self._since >= self.epochs:
             event.stop(f"{event.task.metric_name} has not improved for {self.epochs} epochs")
 
 

@@ -154,4 +154,7 @@ def _restore(path: object, name: str, array: np.ndarray, leaf: Any) -> Any:
             f"{dtype}{list(shape)} is expected. Load it into what it was saved from."
         )
         raise ValueError(msg)
-    return jnp.asarray(array) if isinstance(leaf, jax.Array) else array
+    if not isinstance(leaf, jax.Array):
+        return array
+    # Where it was asked to be; what nobody asked for is the default device's.
+    return jax.device_put(array, leaf.sharding) if leaf.committed else jnp.asarray(array)

@@ -227,7 +227,7 @@ class History(Sequence[Record]):
                 continue
             try:
                 records.append(_decode(json.loads(line)))
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 if number == len(lines):
                     break
                 msg = f"{path}, line {number}: not a record of a bilevel history: {error}"

@@ -6,7 +6,7 @@ from typing import Any
 
 import optax
 
-from bilevel.outer.archive import NotKeptError
+from bilevel.outer.archive import NotKeptError, in_words
 from bilevel.outer.callbacks import AnyCallback, as_callbacks
 from bilevel.outer.checkpoints.settings import Checkpoints
 from bilevel.outer.checkpoints.store import has_checkpoints
@@ -22,6 +22,7 @@ from bilevel.outer.run import (
     holds_run,
 )
 from bilevel.outer.settings import LoopSettings, validated
+from bilevel.outer.shield import shielded
 from bilevel.outer.task import Task, check_parts
 from bilevel.outer.training import Training
 from bilevel.refinement.fixed import FixedFidelity
@@ -171,27 +172,36 @@ def _kept(training: Training, *, time_solver: bool) -> Run:
     try:
         training.go()
     except KeyboardInterrupt as told:
-        return training.end(INTERRUPTED, " ".join(["interrupted", *told.args, training.place]))
+        words = ["interrupted", *map(str, told.args), training.place]
+        with shielded():
+            return training.end(INTERRUPTED, " ".join(words))
     except NonFiniteStreak as streak:
-        run = training.end(NONFINITE, str(streak))
+        with shielded():
+            run = training.end(NONFINITE, str(streak))
         raise NonFiniteError(str(streak), run) from None
     except BaseException as error:
         try:
-            training.end(FAILED, f"{type(error).__name__} {training.place}: {error}")
+            with shielded():
+                training.end(FAILED, f"{type(error).__name__} {training.place}: {error}")
         except NotKeptError as second:
             error.add_note(str(second))
         raise
     reason = training.stop_reason
-    run = training.end(COMPLETED if reason is None else STOPPED, reason or "")
+    with shielded():
+        run = training.end(COMPLETED if reason is None else STOPPED, reason or "")
     return _timed(run, training) if time_solver else run
 
 
 def _timed(run: Run, training: Training) -> Run:
     """The run, with what its solves took."""
     try:
-        return run.with_summary(solver_seconds=training.solver_seconds())
-    except KeyboardInterrupt:
-        return run.with_summary(status=INTERRUPTED, message="interrupted after the last epoch")
+        try:
+            return run.with_summary(solver_seconds=training.solver_seconds())
+        except KeyboardInterrupt:
+            return run.with_summary(status=INTERRUPTED, message="interrupted after the last epoch")
+    except OSError as error:
+        msg = f"the run could not be kept: {in_words(error)}"
+        raise NotKeptError(msg, run) from error
 
 
 def _checkpoints(given: Any) -> Checkpoints:

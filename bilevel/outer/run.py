@@ -160,9 +160,13 @@ class Run:
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        save_arrays(directory / THETA_FILE, self.theta)
         if directory != self.directory:
             self.history.write(directory / HISTORY_FILE)
+        self.save_result(directory)
+
+    def save_result(self, directory: Path) -> None:
+        """Write parameters and summary only."""
+        save_arrays(directory / THETA_FILE, self.theta)
         _save_summary(directory, self.summary)
 
     def with_summary(self, **fields: Any) -> Self:

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
-from bilevel.outer.archive import Archive
+from bilevel.outer.archive import Archive, ResumeError
 from bilevel.outer.callbacks import Callback, Event
 from bilevel.outer.checkpoint import is_array
 from bilevel.outer.checkpoints.settings import Checkpoints
@@ -370,6 +370,12 @@ class Training:
         place, kept, self._history = self._archive.restore(
             lambda place: self._passed._replace(place=place).kept()
         )
+        if place.epoch + (place.batch > 0) > self.settings.epochs:
+            msg = (
+                f"optimize: the run in {self.settings.directory} is past {self.settings.epochs} "
+                f"epochs: {place.words}. Give epochs={place.epoch + (place.batch > 0)} or more."
+            )
+            raise ResumeError(msg)
         self._epoch, self._batch = place
         self._state = self._state._replace(
             **{name: kept[name] for name in State._fields if name in kept}

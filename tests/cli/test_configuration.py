@@ -150,6 +150,8 @@ BAD_TOML = {
     "[task]\nscale = nan": "scale should be finite",
     "[task]\nwidth = 2.5": "width should be a valid integer",
     "[task]\nx = 2020-01-01": "task.x",
+    "seed = 1\n[task]\nscale = [1, 2020-01-01]": "task.scale.item should be a number, text",
+    ".".join(["a"] * 3000) + " = 1": "",
     "max_nonfinite = 0": "max_nonfinite should be",
     "policies = ['full']": "there is no key policies; did you mean policy?",
     "optimizer = 'os.system'": "there is no key optimizer",
@@ -176,6 +178,9 @@ BAD_YAML = {
     ): "anchors and aliases",
     "epochs: 3\nepochs: 4": "epochs stands there twice",
     "task: {scale: 1, scale: 2}": "scale stands there twice",
+    "1: 2": "the key 1 should be text",
+    "on: 2": "the key True should be text",
+    "task: {x: !!binary aGVsbG8=}": "task.x should be a number, text",
     "- epochs": "should hold keys with values, got list",
     "3": "should hold keys with values, got int",
     "epochs: [": "line",
@@ -240,6 +245,7 @@ def test_what_is_no_configuration_file(invoke: Invoke, kind: str):
         ("checkpoints.sekonds=1", "did you mean seconds?"),
         ("epochs=", "epochs should be a valid integer"),
         ("task.scale=wide", "scale should be a valid number"),
+        ("task.scale=[1]", "scale should be a valid number"),
         ("seed.x=3", "seed should be a valid integer"),
         ("task=[1", "task should be a valid dictionary"),
     ],
@@ -249,3 +255,48 @@ def test_words_are_checked_like_files(invoke: Invoke, word: str, said: str):
     assert code == 2
     assert said in err
     assert err.count("\n") == 1
+
+
+def test_words_override_set_whatever_their_order(invoke: Invoke):
+    words = ("--set", "scale=1", "task.scale=2", "--set", "width=4", "task.width=5")
+    assert invoke("run", "t.py", "--quiet", "--directory", "r", *words)[0] == 0
+    assert effective("r")["task"]["scale"] == "2.0"
+    assert effective("r")["task"]["width"] == "5"
+
+
+TYPES = """
+import optax
+import bilevel as bl
+
+def task(flags: list = [], anything=None, pair: tuple = ()):
+    assert flags == [True, False], flags
+    assert anything == "5", anything
+    assert pair == (1, 2), pair
+    return bl.Task(1.0, lambda theta, batch, fidelity: theta**2, optimizer=optax.sgd(0.1), epochs=1,
+                   full=bl.Budget(1))
+"""
+
+
+def test_values_keep_their_types(invoke: Invoke):
+    Path("typed.py").write_text(TYPES)
+    Path("c.toml").write_text("[task]\nflags = [true, false]\nanything = '5'\npair = [1, 2]\n")
+    code, _, err = invoke("run", "typed.py", "--config", "c.toml", "--quiet", "--discard")
+    assert code == 0, err
+    words = ("task.flags=[true, false]", "task.anything='5'", "task.pair=[1, 2]")
+    code, _, err = invoke("run", "typed.py", *words, "--quiet", "--discard")
+    assert code == 0, err
+
+
+def test_seeds_differ(invoke: Invoke):
+    code, _, err = invoke("compare", "t.py", "seeds=[0, 0]", "--quiet", "--discard")
+    assert code == 2
+    assert "seeds should differ from each other" in err
+
+
+def test_a_refused_command_leaves_what_was_kept(invoke: Invoke):
+    common = ("run", "t.py", "--quiet", "--directory", "r")
+    assert invoke(*common, "seed=3")[0] == 0
+    before = Path("r/configuration.json").read_bytes()
+    assert invoke(*common, "--resume", "seed=4")[0] == 2
+    assert invoke(*common, "seed=5")[0] == 2
+    assert Path("r/configuration.json").read_bytes() == before

@@ -61,7 +61,10 @@ def remove_folder(folder: Path) -> None:
     hidden = folder.with_name(f"{HIDDEN}{folder.name}.{os.getpid()}.removed")
     shutil.rmtree(hidden, ignore_errors=True)
     folder.rename(hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
+    if hidden.is_dir():
+        shutil.rmtree(hidden, ignore_errors=True)
+    else:
+        hidden.unlink(missing_ok=True)
 
 
 def sweep(parent: Path) -> None:

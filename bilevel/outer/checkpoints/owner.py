@@ -1,6 +1,8 @@
 """Owner: one process at a time keeps a run in a directory."""
 
 import contextlib
+import errno
+import functools
 import json
 import os
 import socket
@@ -15,6 +17,8 @@ except ImportError:  # Windows has none
     fcntl = None
 
 LOCK_FILE = "owner.json"
+
+_WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class DirectoryInUseError(RuntimeError):
@@ -68,9 +72,12 @@ class Owner:
         """Leave the directory to others."""
         if self._handle is None:
             return
-        self._path.unlink(missing_ok=True)
-        os.close(self._handle)
-        self._handle = None
+        handle, self._handle = self._handle, None
+        try:
+            with contextlib.suppress(OSError):
+                self._path.unlink(missing_ok=True)
+        finally:
+            os.close(handle)
 
     def __enter__(self) -> Self:
         return self
@@ -89,6 +96,10 @@ class Owner:
                 "another directory."
             )
             raise DirectoryInUseError(msg) from None
+        except OSError as error:
+            # Some file systems have no locks: there, nobody is told of the other.
+            if error.errno not in _WITHOUT_LOCKS:
+                raise
 
     def forget(self) -> None:
         """Let go without leaving: in a forked child, the directory is still the parent's."""
@@ -101,9 +112,14 @@ _held: weakref.WeakSet[Owner] = weakref.WeakSet()
 
 
 def _forget_in_children(owner: Owner) -> None:
-    if not _held and hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=lambda: [held.forget() for held in list(_held)])
+    _watch_forks()
     _held.add(owner)
+
+
+@functools.cache
+def _watch_forks() -> None:
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lambda: [held.forget() for held in list(_held)])
 
 
 def _same(handle: int, path: Path) -> bool:

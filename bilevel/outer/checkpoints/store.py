@@ -29,7 +29,8 @@ _MANIFEST, _DIGEST, _STATE, _HISTORY = (
     "history.jsonl",
 )
 _NAME = re.compile(r"^\d{8,}-\d{8,}$")
-_MOST_HISTORY = 2**34
+_MOST_RECORD = 2**16
+"""Bytes of a record: a hundred times as many as any has."""
 
 
 class Moment(NamedTuple):
@@ -79,8 +80,10 @@ class Store:
     def clear(self) -> None:
         """Remove all there are."""
         sweep(self.folder)
-        for folder in self.folders():
-            remove_folder(folder)
+        if self.folder.is_dir():
+            aside = [path for path in self.folder.iterdir() if path.suffix == ".damaged"]
+            for folder in [*self.folders(), *aside]:
+                remove_folder(folder)
 
     def folders(self) -> list[Path]:
         """Of all checkpoints, oldest first."""
@@ -145,7 +148,7 @@ class Store:
         for folder in reversed(self.folders()):
             try:
                 moment, state, history = self._read(folder, like)
-            except DamagedError as error:
+            except (DamagedError, OSError) as error:
                 reasons.append(f"the checkpoint {folder.name} is damaged: {error}")
                 self._damaged.append(folder)
                 if strict:
@@ -160,14 +163,16 @@ class Store:
         raise DamagedError(msg)
 
     def set_aside(self) -> None:
-        """Rename what `newest` found damaged: its name will be needed again."""
+        """Rename what `newest` found damaged: its name will be needed again.
+
+        **Raises:** `OSError` naming what could not be renamed.
+        """
         sweep(self.folder)
         for folder in self._damaged:
             aside = folder.with_name(f"{folder.name}.damaged")
-            with contextlib.suppress(OSError):
-                if aside.exists():
-                    remove_folder(aside)
-                folder.rename(aside)
+            if aside.exists():
+                remove_folder(aside)
+            folder.rename(aside)
         self._damaged.clear()
 
     def best(self) -> tuple[float, Moment] | None:
@@ -187,7 +192,7 @@ class Store:
         if different:
             raise OtherRunError(some(different))
         expected = like(place)
-        most = {_STATE: arrays.most_bytes(expected), _HISTORY: _MOST_HISTORY}
+        most = {_STATE: arrays.most_bytes(expected), _HISTORY: _MOST_RECORD * (place.epoch + 2)}
         contents = self._contents(folder, manifest, most)
         where = folder / _STATE
         state = arrays.decode(contents[_STATE], manifest.leaves, expected, where)
