@@ -94,7 +94,7 @@ def test_the_task_file_of_the_page_is_run_by_the_command_line(
             assert words[0] == "bilevel"
             assert main([*words[1:], "--quiet"] if words[1] != "plot" else words[1:]) == 0
     assert "whole runs" in capsys.readouterr().out
-    assert list(files) == ["penalties.py"]
+    assert list(files) == ["penalties.py", "penalties.toml"]
     assert "task" in runpy.run_path("penalties.py")
 
 
