@@ -370,11 +370,9 @@ class Training:
         place, kept, self._history = self._archive.restore(
             lambda place: self._passed._replace(place=place).kept()
         )
-        if place.epoch + (place.batch > 0) > self.settings.epochs:
-            msg = (
-                f"optimize: the run in {self.settings.directory} is past {self.settings.epochs} "
-                f"epochs: {place.words}. Give epochs={place.epoch + (place.batch > 0)} or more."
-            )
+        begun = place.epoch + (place.batch > 0)
+        if begun > self.settings.epochs:
+            msg = f"optimize: the run is past {place.words}. Give epochs={begun} or more."
             raise ResumeError(msg)
         self._epoch, self._batch = place
         self._state = self._state._replace(
