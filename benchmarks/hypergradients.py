@@ -16,7 +16,7 @@ from benchmarks import handwritten, harness, peers, problems, torch_peers
 from benchmarks.handwritten import AnyProblem, Hypergradient
 from benchmarks.harness import Report
 from benchmarks.problems import Logistic, PoissonControl, Ridge
-from benchmarks.same_work import error_against_work, same_work
+from benchmarks.same_work import attained, error_against_work, same_work
 
 
 def inner_problem(problem: AnyProblem) -> bl.InnerProblem:
@@ -50,16 +50,15 @@ def by_library(
     backward = budget if adjoint_budget is None else adjoint_budget
 
     def loss(theta: Array) -> Array:
-        solution = bl.solve(
+        return attained(
+            problem,
             inner,
             theta,
-            problem.start,
             solver=solver,
             estimator=bl.Implicit(solver=linear),
             budget=budget,
             adjoint_budget=backward,
         )
-        return problem.outer_loss(solution.value, theta)
 
     return jax.jit(jax.value_and_grad(loss))
 

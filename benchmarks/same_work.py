@@ -58,6 +58,12 @@ def pairs() -> list[Pair]:
     ]
 
 
+def attained(problem: AnyProblem, inner: bl.InnerProblem, theta: Array, **settings: Any) -> Array:
+    """The outer loss at the inner solution, with the settings of `bl.solve`."""
+    solution = bl.solve(inner, theta, problem.start, **settings)
+    return problem.outer_loss(solution.value, theta)
+
+
 def by_library(problem: AnyProblem, step_size: float, estimator: bl.Estimator) -> Any:
     """(theta, budget, adjoint budget) -> (outer loss, hypergradient), all of them traced."""
     inner = bl.Minimization(problem.objective)
@@ -66,16 +72,15 @@ def by_library(problem: AnyProblem, step_size: float, estimator: bl.Estimator) -
     @jax.jit
     def hypergradient(theta: Array, budget: bl.Budget, adjoint: bl.Budget) -> Any:
         def loss(theta: Array) -> Array:
-            solution = bl.solve(
+            return attained(
+                problem,
                 inner,
                 theta,
-                problem.start,
                 solver=solver,
                 estimator=estimator,
                 budget=budget,
                 adjoint_budget=adjoint if estimator.solves_adjoint else None,
             )
-            return problem.outer_loss(solution.value, theta)
 
         return jax.value_and_grad(loss)(theta)
 

@@ -3,8 +3,6 @@
 import argparse
 import contextlib
 import json
-import os
-import stat
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ from pydantic import AfterValidator, Field
 from bilevel.cli.failure import UsageError, reason
 from bilevel.cli.taskfile import Given
 from bilevel.cli.yaml import MOST_DEEP, read_yaml
+from bilevel.outer.checkpoints.durable import open_regular
 from bilevel.outer.checkpoints.settings import Checkpoints
 from bilevel.outer.settings import Count, Name, Settings
 from bilevel.outer.suggestion import did_you_mean
@@ -118,16 +117,12 @@ def read(file: Path) -> dict[str, Any]:
         msg = f"{file} should end in .toml, .yaml or .yml."
         raise UsageError(msg)
     try:
-        # A pipe would be waited for, and a device has no end.
-        handle = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        with os.fdopen(handle, "rb") as stream:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                msg = f"{file} is no file."
-                raise UsageError(msg)
+        stream = open_regular(file, links=True)
+        if stream is None:
+            msg = f"{file} is no file."
+            raise UsageError(msg)
+        with stream:
             content = stream.read(MOST_BYTES + 1)
-    except IsADirectoryError:
-        msg = f"{file} is no file."
-        raise UsageError(msg) from None
     except OSError as error:
         msg = f"cannot read {file}: {reason(error)}."
         raise UsageError(msg) from error

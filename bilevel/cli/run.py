@@ -30,6 +30,7 @@ def run(options: argparse.Namespace) -> int:
 
     **Returns:** the exit code.
     """
+    _check_options(options)
     configuration = configure(options)
     file = load(options)
     task = file.build(options.seed)
@@ -75,13 +76,16 @@ def run(options: argparse.Namespace) -> int:
     return DONE
 
 
-def _check_directory(options: argparse.Namespace, directory: Path | None) -> None:
+def _check_options(options: argparse.Namespace) -> None:
     if options.resume and options.overwrite:
         msg = "--resume goes on with a run and --overwrite replaces it; give one of them."
         raise UsageError(msg)
     if options.resume and options.directory is None:
         msg = "--resume needs --directory, the one the run was kept in."
         raise UsageError(msg)
+
+
+def _check_directory(options: argparse.Namespace, directory: Path | None) -> None:
     if directory is None:
         return
     if options.resume and not has_checkpoints(directory):

@@ -6,8 +6,8 @@ import threading
 from collections.abc import Generator
 from types import FrameType
 
-TOLD = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
-"""Besides Ctrl-C: what schedulers send before they kill."""
+from bilevel.cli.failure import INTERRUPTED
+from bilevel.outer.shield import TOLD
 
 
 class Told(KeyboardInterrupt):
@@ -28,7 +28,7 @@ class Leaving:
     """
 
     def __init__(self) -> None:
-        self.code = 128 + signal.SIGINT
+        self.code = INTERRUPTED
 
 
 @contextlib.contextmanager
@@ -43,12 +43,11 @@ def leaving_on_signals() -> Generator[Leaving]:
         del frame
         # Not ignored from here on: Python drops what is raised within a callback of its garbage
         # collector, and then the next one is heard. While a run is being saved they wait.
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        leaving.code = 128 + number
-        raise Told(number)
+        asked = Told(number)
+        leaving.code = asked.code
+        raise asked
 
-    before = {number: signal.signal(number, told) for number in (signal.SIGINT, *TOLD)}
+    before = {number: signal.signal(number, told) for number in TOLD}
     try:
         yield leaving
     finally:

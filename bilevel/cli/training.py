@@ -121,12 +121,13 @@ class KeepConfiguration(Callback):
         **Raises:** `UsageError` where that cannot be done.
         """
         del event
-        if self._file is None:
+        file, self._file = self._file, None  # of a comparison's runs, the first writes it
+        if file is None:
             return
         try:
-            write_file(self._file, f"{self._content}\n".encode())
+            write_file(file, f"{self._content}\n".encode())
         except OSError as error:
-            raise UsageError(_unwritable(self._file, error)) from error
+            raise UsageError(_unwritable(file, error)) from error
 
 
 def _unwritable(directory: Path, error: OSError) -> str:

@@ -1,6 +1,5 @@
 """Archive: the directory that a run keeps itself in while it goes on."""
 
-import json
 import os
 import time
 import warnings
@@ -10,11 +9,11 @@ from typing import Any, NamedTuple
 
 from jaxtyping import PyTree
 
-from bilevel.outer.checkpoints.durable import sweep
+from bilevel.outer.checkpoints.durable import naming, sweep
 from bilevel.outer.checkpoints.owner import Owner
 from bilevel.outer.checkpoints.settings import Checkpoints
 from bilevel.outer.checkpoints.store import Moment, OtherRunError, Store
-from bilevel.outer.history import History, Record, encode
+from bilevel.outer.history import History, Record, line_of
 from bilevel.outer.run import HISTORY_FILE, SUMMARY_FILE, THETA_FILE, Run
 
 
@@ -140,7 +139,7 @@ class Archive:
             for name in (THETA_FILE, SUMMARY_FILE, HISTORY_FILE):
                 (self.directory / name).unlink(missing_ok=True)
             self._store.clear()
-        self._lines = bytearray(b"".join(_line(record) for record in history))
+        self._lines = bytearray(b"".join(line_of(record) for record in history))
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         self._history = os.open(self.directory / HISTORY_FILE, flags, 0o644)
         self._flush()
@@ -159,7 +158,7 @@ class Archive:
     def add(self, record: Record) -> None:
         """Keep a record."""
         if self._history is not None:
-            self._lines += _line(record)
+            self._lines += line_of(record)
             self._flush()
 
     def ended_epoch(self, mark: Mark) -> None:
@@ -271,17 +270,7 @@ class Archive:
             try:
                 self._flushed += os.pwrite(self._history, rest, self._flushed)
             except OSError as error:
-                where = str((self.directory or Path()) / HISTORY_FILE)
-                raise OSError(error.errno, error.strerror, where) from None
-
-
-def _line(record: Record) -> bytes:
-    # Once an epoch, and an epoch may be one update of a fraction of a millisecond: no copies.
-    known = {name: value for name, value in vars(record).items() if value is not None}
-    try:
-        return json.dumps(known, allow_nan=False).encode() + b"\n"
-    except ValueError:
-        return json.dumps(encode(known), allow_nan=False).encode() + b"\n"
+                raise naming(error, (self.directory or Path()) / HISTORY_FILE) from None
 
 
 def _ending_with(epoch: int, lines: bytes) -> History:

@@ -6,9 +6,10 @@ import threading
 from collections.abc import Generator
 from types import FrameType
 
-WAITING = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
-)
+TOLD = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+"""Besides Ctrl-C: what schedulers send before they kill."""
+
+WAITING = (signal.SIGINT, *TOLD)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from bilevel.cli import main
 from bilevel.cli.configuration import MODELS, schema
 
 pytest.importorskip("yaml")
@@ -32,16 +31,6 @@ def task(scale: float = 1.0, width: int = 3, names: list[str] = [], seed: int = 
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t.py").write_text(TASK)
-
-
-@pytest.fixture
-def invoke(capsys: pytest.CaptureFixture[str]) -> Invoke:
-    def call(*words: str) -> tuple[int, str, str]:
-        code = main(words)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def effective(folder: str) -> dict:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bilevel.cli import info, main
+from bilevel.cli import info
 from bilevel.outer.comparison import Comparison
 from bilevel.outer.run import Run
 
@@ -56,16 +56,6 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     for name in set(sys.modules) - modules:
         if name.startswith("bilevel_task_"):
             del sys.modules[name]
-
-
-@pytest.fixture
-def invoke(capsys: pytest.CaptureFixture[str]) -> Invoke:
-    def call(*words: str) -> tuple[int, str, str]:
-        code = main(words)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def test_run_trains_prints_and_keeps(write: Write, invoke: Invoke, tmp_path: Path):

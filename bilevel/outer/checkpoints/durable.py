@@ -6,6 +6,7 @@ import shutil
 import stat
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 HIDDEN = "."
 """What begins the names of folders that are not finished, or no longer wanted."""
@@ -86,9 +87,27 @@ def sync(folder: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        raise _named(error, folder) from None
+        raise naming(error, folder) from None
     finally:
         os.close(handle)
+
+
+def open_regular(path: Path, *, links: bool) -> BinaryIO | None:
+    """Open a file for reading; `None` for a pipe, a device or a folder.
+
+    **Arguments:**
+
+    - `links`: whether a link is followed.
+
+    **Raises:** `OSError` where it cannot be opened.
+    """
+    # Without blocking: a pipe of that name would wait for a writer.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
+    handle = os.open(path, flags if links else flags | getattr(os, "O_NOFOLLOW", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        return None
+    return os.fdopen(handle, "rb")
 
 
 def read_file(path: Path, most: int) -> bytes:
@@ -97,10 +116,8 @@ def read_file(path: Path, most: int) -> bytes:
     **Raises:** [`DamagedError`][] where it is missing, something else or larger; `OSError`
     where it cannot be read.
     """
-    # Without blocking: a pipe of that name would wait for a writer.
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
-        handle = os.open(path, flags)
+        file = open_regular(path, links=False)
     except FileNotFoundError:
         msg = f"{path} is missing"
         raise DamagedError(msg) from None
@@ -108,15 +125,14 @@ def read_file(path: Path, most: int) -> bytes:
         if path.is_symlink():
             msg = f"{path} is a link, which no checkpoint has"
             raise DamagedError(msg) from None
-        raise _named(error, path) from None
-    found = os.fstat(handle)
-    if not stat.S_ISREG(found.st_mode):
-        os.close(handle)
+        raise naming(error, path) from None
+    if file is None:
         msg = f"{path} is no regular file"
         raise DamagedError(msg)
-    with os.fdopen(handle, "rb") as file:
-        if found.st_size > most:
-            msg = f"{path} has {found.st_size:,} bytes, more than the {most:,} it may have"
+    with file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            msg = f"{path} has {size:,} bytes, more than the {most:,} it may have"
             raise DamagedError(msg)
         return file.read(most + 1)
 
@@ -132,9 +148,9 @@ def _write(path: Path, content: bytes) -> None:
         finally:
             os.close(handle)
     except OSError as error:
-        raise _named(error, path) from None
+        raise naming(error, path) from None
 
 
-def _named(error: OSError, path: Path) -> OSError:
+def naming(error: OSError, path: Path) -> OSError:
     """The same error, naming the file: the system's says what, but not always where."""
     return type(error)(error.errno, error.strerror or str(error), str(path))
