@@ -136,7 +136,7 @@ class Control:
         number = _number(gradient_norm, jnp.result_type(float))
         before = self.state
         self.state = self._decide(before, gradient_norm=number, error=differences)
-        if int(self.state.level) != int(before.level):
+        if _levels(self.state) != _levels(before):
             self.fidelity = uniform(self._look_up(self.state))
 
     def advance(
@@ -210,6 +210,11 @@ class Control:
             after = _where(first, begun, after)
         after = jax.tree.map(strong, after)
         return after, uniform(self._look_up(after)) if self._traceable else None
+
+
+def _levels(state: Any) -> tuple[int, int]:
+    """Of the primal and of the adjoint; the same where they move together."""
+    return int(state.level), int(getattr(state, "adjoint_level", state.level))
 
 
 _UNKNOWN = (math.nan, math.nan, math.nan)

@@ -61,6 +61,8 @@ class GradientComparison:
             control.take(norm_of(found), differences)
             if bool(getattr(control.state, "accepted", True)):
                 break
+            if _same(control.fidelity, place.fidelity):
+                continue
             self._tally.spend(report_of(found))
             place = Place(state, batch, control.fidelity)
             found = self._update.found(*place)
@@ -94,8 +96,7 @@ class GradientComparison:
         return MeasuredError(primal, adjoint, primal + adjoint)
 
     def _at(self, level: Fidelity, place: Place, gradient: PyTree) -> PyTree:
-        same = level.static == place.fidelity.static and limits(level) == limits(place.fidelity)
-        if same:
+        if _same(level, place.fidelity):
             return gradient
         found = self._update.found(place.state, place.batch, level)
         self._tally.spend(report_of(found))
@@ -105,6 +106,10 @@ class GradientComparison:
         if first is second:
             return np.float32(0.0)
         return np.asarray(self._update.distance(first, second))[()]
+
+
+def _same(first: Fidelity, second: Fidelity) -> bool:
+    return first.static == second.static and limits(first) == limits(second)
 
 
 def measured_in(epoch: int, updates: int) -> bool:

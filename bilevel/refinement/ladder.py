@@ -373,20 +373,33 @@ def positions(ladder: Ladder) -> Float[np.ndarray, " levels"]:
     >>> positions(Ladder.iterations(10, 10, 30)), positions(Ladder.tolerances(0.1, 0.1, 1e-3))
     (array([10., 20., 30.], dtype=float32), array([1., 2., 3.], dtype=float32))
     """
-    count = len(ladder)
-    return _positions(ladder.primal.iterations if ladder.has_one_shape else None, count)
+    return positions_of_both(ladder)[0]
+
+
+def positions_of_both(ladder: Ladder) -> Float[np.ndarray, "2 levels"]:
+    """Those of the primal and of the adjoint budgets."""
+    sides: list[Sequence | None] = [None, None]
+    if ladder.has_one_shape:
+        adjoint = ladder.primal if ladder.adjoint is None else ladder.adjoint
+        sides = [ladder.primal.iterations, adjoint.iterations]
+    return _positions(sides[0], sides[1], len(ladder))
 
 
 @functools.lru_cache(maxsize=64)
-def _positions(iterations: Sequence | None, count: int) -> Float[np.ndarray, " levels"]:
-    places = np.arange(1, count + 1)
+def _positions(
+    primal: Sequence | None, adjoint: Sequence | None, count: int
+) -> Float[np.ndarray, "2 levels"]:
+    both = np.stack([_positions_of(iterations, count) for iterations in (primal, adjoint)])
+    both.flags.writeable = False
+    return both
+
+
+def _positions_of(iterations: Sequence | None, count: int) -> Float[np.ndarray, " levels"]:
     if iterations is not None and len(iterations) == count:
         caps = np.array([iterations.value(level) for level in range(count)])
         if np.all(np.diff(caps) > 0) and caps[-1] < UNLIMITED:
-            places = np.maximum(caps, 1)
-    places = places.astype(np.float32)
-    places.flags.writeable = False
-    return places
+            return np.maximum(caps, 1).astype(np.float32)
+    return np.arange(1, count + 1).astype(np.float32)
 
 
 def _as_ladder(owner: str, name: str, other: object) -> Ladder:
