@@ -29,7 +29,7 @@ and `"frozen"` drops what M does, the slope of u, which is large where the waves
 """
 
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -37,6 +37,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PRNGKeyArray
 from networks import ResidualConvolution
+from pydantic import Field
 
 import bilevel as bl
 import bilevel_pde as pde
@@ -53,6 +54,10 @@ CAP, TOLERANCE = 60, 1e-5
 
 REFERENCE = bl.Budget(iterations=200, rtol=1e-6)
 BATCH, VALIDATION = 25, 5
+
+
+Count = Annotated[int, Field(ge=1)]
+Batches = Annotated[int, Field(ge=BATCH, multiple_of=BATCH)]
 
 
 class Size(NamedTuple):
@@ -137,11 +142,11 @@ def trajectories(key: PRNGKeyArray, points: int, states: int) -> Array:
 def task(
     size: Literal["paper", "small"] = "paper",
     seed: int = 0,
-    points: int | None = None,
-    channels: int | None = None,
-    blocks: int | None = None,
-    samples: int | None = None,
-    epochs: int | None = None,
+    points: Annotated[int, Field(ge=3)] | None = None,
+    channels: Count | None = None,
+    blocks: Count | None = None,
+    samples: Batches | None = None,
+    epochs: Count | None = None,
 ) -> bl.Task:
     """The correction task.
 
@@ -151,7 +156,7 @@ def task(
         points: of the grid, in place of those of the size.
         channels: of the network, in place of those of the size.
         blocks: of the network, in place of those of the size.
-        samples: initial states trained on, in place of those of the size.
+        samples: initial states trained on, in place of those of the size; whole batches of 25.
         epochs: passes over them, in place of those of the size.
 
     """

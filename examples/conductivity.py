@@ -17,12 +17,13 @@ first used.  `auto` is told by gradients on three grids how far the coarse ones 
 precision there.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
+from pydantic import Field
 
 import bilevel as bl
 import bilevel_pde as pde
@@ -105,10 +106,10 @@ def _transfer(fine: pde.Grid, coarse: pde.Grid, boundary: pde.Boundary) -> pde.T
 
 
 def task(
-    cells: int = 64,
-    epochs: int = 200,
+    cells: Annotated[int, Field(ge=COARSEST)] = 64,
+    epochs: Annotated[int, Field(ge=1)] = 200,
     precision: Literal["default", "mixed"] = "default",
-    noise: float = 1e-3,
+    noise: Annotated[float, Field(ge=0)] = 1e-3,
     seed: int = 0,
 ) -> bl.Task:
     """Recover the conductivity on a square of cells² cells.

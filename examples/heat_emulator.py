@@ -25,7 +25,7 @@ iteration is one of all of them, which is how the paper counts.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import equinox as eqx
 import jax
@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PRNGKeyArray
 from networks import FieldMLP, ResidualConvolution
+from pydantic import Field
 
 import bilevel as bl
 import bilevel_pde as pde
@@ -40,6 +41,9 @@ import bilevel_pde as pde
 DT = 1e-3
 MODES = 5
 VALIDATION, BATCH = 5, 25
+
+Count = Annotated[int, Field(ge=1)]
+Batches = Annotated[int, Field(ge=BATCH, multiple_of=BATCH)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,21 +141,21 @@ def task(
     dimensions: Literal[1, 2, 3] = 1,
     size: Literal["paper", "small"] = "paper",
     seed: int = 0,
-    points: int | None = None,
-    width: int | None = None,
-    samples: int = 200,
-    epochs: int | None = None,
+    points: Count | None = None,
+    width: Count | None = None,
+    samples: Batches = 200,
+    epochs: Count | None = None,
     warm: bool = False,  # noqa: FBT001, FBT002
 ) -> bl.Task:
     """The emulator.
 
     Args:
         dimensions: of space, 1, 2 or 3.
-        size: "paper" or "small".
+        size: "paper" or "small"; the same in one dimension, where a run takes seconds.
         seed: of the data and of the network.
         points: inner grid points a side, in place of those of the size.
         width: of the network, in place of that of the size.
-        samples: initial states trained on.
+        samples: initial states trained on: whole batches of 25.
         epochs: passes over them, in place of those of the size.
         warm: whether the solves of a state, and their adjoints, start from those of the epoch
             before, in place of zero.
@@ -189,7 +193,7 @@ def task(
     def batches(epoch: int, key: PRNGKeyArray) -> Iterator[Array]:
         del epoch
         order = jax.random.permutation(key, samples)
-        for first in range(0, samples - samples % BATCH or samples, BATCH):
+        for first in range(0, samples, BATCH):
             yield order[first : first + BATCH]
 
     return bl.Task(

@@ -37,7 +37,7 @@ convolution does not mind, and each grid compiles once.
 import functools
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -45,6 +45,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PRNGKeyArray
 from networks import ResidualConvolution
+from pydantic import Field
 
 import bilevel as bl
 import bilevel_pde as pde
@@ -60,6 +61,8 @@ COARSE_CYCLES = 10
 """With two grids, the largest budget that is spent on the coarser one."""
 
 REFERENCE = bl.Budget(iterations=200, rtol=1e-6)
+
+Count = Annotated[int, Field(ge=1)]
 
 
 class Size(NamedTuple):
@@ -93,6 +96,7 @@ def task(
     grids: bool = False,  # noqa: FBT001, FBT002
     together: bool = False,  # noqa: FBT001, FBT002
     seed: int = 0,
+    epochs: Count | None = None,
 ) -> bl.Task:
     """The correction task.
 
@@ -104,9 +108,13 @@ def task(
         together: whether the samples of a batch are solved side by side, which suits a GPU; one
             by one takes 40 % less time on two cores, and each stops when it is done.
         seed: of data, parameters and shuffles.
+        epochs: passes over the samples, in place of those of the size.
 
     """
-    return build(_choice("size", size, SIZES), derivative, subsampling, grids, together, seed)
+    chosen = _choice("size", size, SIZES)
+    if epochs is not None:
+        chosen = chosen._replace(epochs=epochs)
+    return build(chosen, derivative, subsampling, grids, together, seed)
 
 
 def build(

@@ -13,17 +13,23 @@ Settings are the paper's for one parameter.  Its three parameters have curvature
 1/81, and one step size would leave the third where it is: here each has its own.
 """
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from pydantic import Field
 
 import bilevel as bl
 
 TRUTH, START = 2.0, 5.0
 STEP_SIZE = 275.0
+
+FULL, LONGEST = 600, 5000
+"""Iterations of the full solve, and the most that a policy may ask of one that is unrolled."""
+
+Count = Annotated[int, Field(ge=1)]
 
 
 class Laplacian:
@@ -53,11 +59,11 @@ class Laplacian:
 
 
 def task(
-    parameters: int = 1,
-    solver: str = "jacobi",
-    estimator: str = "implicit",
-    points: int = 30,
-    epochs: int = 180,
+    parameters: Count = 1,
+    solver: Literal["jacobi", "steepest"] = "jacobi",
+    estimator: Literal["implicit", "unrolled"] = "implicit",
+    points: Annotated[int, Field(ge=2)] = 30,
+    epochs: Count = 180,
 ) -> bl.Task:
     """The inverse problem.
 
@@ -73,11 +79,14 @@ def task(
     grid = jnp.arange(1, points + 1) / (points + 1)
     modes = jnp.arange(1, parameters + 1)
     sources = jnp.sin(2 * jnp.pi * modes[:, None] * grid)
+    if parameters > points // 2:
+        msg = f"parameters is at most half of points, {points // 2}, got {parameters}."
+        raise ValueError(msg)
     inner = _choice("solver", solver, {"jacobi": bl.Jacobi(), "steepest": bl.SteepestDescent()})
     how = _choice(
         "estimator",
         estimator,
-        {"implicit": bl.Implicit(solver=inner), "unrolled": bl.Unrolled(max_iterations=600)},
+        {"implicit": bl.Implicit(solver=inner), "unrolled": bl.Unrolled(max_iterations=LONGEST)},
     )
     exact = np.linalg.solve(operator.dense(), TRUTH * np.sum(np.asarray(sources, float), axis=0))
     wanted = jnp.asarray(exact, grid.dtype)
@@ -102,8 +111,8 @@ def task(
         metric_name="relative parameter error",
         optimizer=optax.stateless_with_tree_map(lambda gradient, _: -step_sizes * gradient),
         epochs=epochs,
-        ladder=bl.Ladder.iterations(start=25, step=10, stop=600),
-        full=bl.Budget(iterations=600),
+        ladder=bl.Ladder.iterations(start=25, step=10, stop=FULL),
+        full=bl.Budget(iterations=FULL),
         refinement={
             "stepping_threshold": 0.92,
             "stopping_threshold": 0.9,

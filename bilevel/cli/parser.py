@@ -192,7 +192,12 @@ def _add_task(parser: Parser) -> None:
         dest="settings",
         help="--set size=SIZE, for tasks that come in sizes: paper or small",
     )
-    parser.add_argument("--epochs", type=_whole, metavar="N", help="how long (the task's own)")
+    parser.add_argument(
+        "--epochs",
+        type=_whole,
+        metavar="N",
+        help="how long (the task's own); told to a task's function that takes `epochs`, too",
+    )
     parser.add_argument(
         "--max-nonfinite",
         type=_whole,

@@ -53,6 +53,8 @@ class TaskFile:
 
     - `target`: ``FILE.py`` or ``FILE.py:NAME``.
     - `settings`: arguments of the task's function as written, by name.
+    - `epochs`: of the command, handed to a function that takes such an argument and was given
+        none: a learning rate that falls until the last epoch has to know which that is.
     - `traceback`: whether what the file raises is shown with its whole traceback.
 
     **Raises:** `UsageError` for a missing file, one that is no Python or imports what is
@@ -60,21 +62,33 @@ class TaskFile:
     `TaskError` if the file raises anything else, after showing it.
     """
 
-    def __init__(self, target: str, settings: Sequence[Setting] = (), *, traceback: bool = False):
+    def __init__(
+        self,
+        target: str,
+        settings: Sequence[Setting] = (),
+        *,
+        epochs: int | None = None,
+        traceback: bool = False,
+    ):
         self.file, name = _split(target)
         self._traceback = traceback
         with self.guard():
             module = self._load()
         self._name = name or _only_name(module, self.file)
         self._found = _lookup(module, self._name, self.file)
+        if epochs is not None and self._takes("epochs") and "epochs" not in dict(settings):
+            settings = [*settings, ("epochs", Given(epochs))]
         self._arguments = _arguments(self._found, self._name, settings)
 
     @property
     def seeded(self) -> bool:
         """Whether the task's function takes a seed: otherwise every run of it is the same."""
+        return self._takes("seed")
+
+    def _takes(self, argument: str) -> bool:
         if isinstance(self._found, Task):
             return False
-        return "seed" in inspect.signature(self._found).parameters
+        return argument in inspect.signature(self._found).parameters
 
     @property
     def effective(self) -> dict[str, str]:

@@ -27,7 +27,9 @@ def load(options: argparse.Namespace) -> TaskFile:
     # Before the file runs, which may say otherwise.
     if options.x64 or options.float32:
         jax.config.update("jax_enable_x64", bool(options.x64))
-    return TaskFile(options.task, options.settings, traceback=options.traceback)
+    return TaskFile(
+        options.task, options.settings, epochs=options.epochs, traceback=options.traceback
+    )
 
 
 def check_trainable(task: Task, options: argparse.Namespace) -> None:

@@ -74,15 +74,23 @@ def _scheduled(policy: Policy, task: Task) -> ScheduledFidelity:
 
 def _hoag(policy: Policy, task: Task) -> ScheduledFidelity:
     sequence: Any = policy.sequence
-    tolerances = HoagTolerances(sequence)
     full = task.full_fidelity
-    cap = None if full is None else int(full.budget.iterations)
-    ladder = Ladder.from_schedule(
-        tolerances, tolerances.levels, None if cap is None or cap >= UNLIMITED else cap
+    if full is None:
+        tolerances = HoagTolerances(sequence)
+        return ScheduledFidelity(Ladder.from_schedule(tolerances, tolerances.levels, None))
+    # What the full solve does is the end of it: nothing is bought below its tolerance.
+    both = full.budget, full.budget if full.adjoint_budget is None else full.adjoint_budget
+    starts = HoagTolerances(sequence)
+    ends = [max(float(budget.rtol), starts.stop) for budget in both]
+    schedules = [HoagTolerances(sequence, max(starts.start, end), stop=end) for end in ends]
+    levels = max(schedule.levels for schedule in schedules)
+    caps = [int(budget.iterations) for budget in both]
+    ladder, adjoint = (
+        Ladder.from_schedule(schedule, levels, None if cap >= UNLIMITED else cap)
+        for schedule, cap in zip(schedules, caps, strict=True)
     )
-    if full is not None and full.static:
-        ladder = ladder.with_static(**dict(full.static))
-    return ScheduledFidelity(ladder)
+    ladder = ladder.with_adjoint(adjoint)
+    return ScheduledFidelity(ladder.with_static(**dict(full.static)) if full.static else ladder)
 
 
 def _progressive(policy: Policy, task: Task) -> ProgressiveRefinement:

@@ -15,7 +15,7 @@ from bilevel.outer.assignment import controller_for, default_policy
 from bilevel.outer.callbacks import AnyCallback
 from bilevel.outer.checkpoints.store import remove_checkpoints
 from bilevel.outer.comparison import COMPARISON_FILE, FULL, Candidate, Comparison
-from bilevel.outer.limits import limits
+from bilevel.outer.limits import in_words, limits
 from bilevel.outer.machine import machine
 from bilevel.outer.optimize import NonFiniteError, optimize
 from bilevel.outer.policy import Policy, parse_policies, parse_policy
@@ -26,6 +26,7 @@ from bilevel.outer.settings import ComparisonSettings, validated
 from bilevel.outer.spread import Spread
 from bilevel.outer.task import Task
 from bilevel.outer.versions import versions
+from bilevel.outer.warm_up import warm_up
 from bilevel.refinement.fidelity import Fidelity
 from bilevel.refinement.fixed import FixedFidelity
 from bilevel.refinement.ladder import Ladder
@@ -175,6 +176,7 @@ class _Comparing:
     def run(self) -> None:
         """Train under every policy; the search last, for its target is the full solve's."""
         try:
+            self._warm_up()
             for policy in sorted(self._policies, key=lambda policy: policy.kind == "best-fixed"):
                 if policy.kind == "best-fixed":
                     self._search(policy, self._first)
@@ -184,6 +186,12 @@ class _Comparing:
                     )
         except _Interrupted:
             self.comparison = dataclasses.replace(self.comparison, interrupted=True)
+
+    def _warm_up(self) -> None:
+        policies = [policy for policy in self._policies if policy.kind != "best-fixed"]
+        full = parse_policy(FULL)
+        controller = controller_for(policies[0] if policies else full, self._first)
+        warm_up(self._first, self._common["optimizer"], controller)
 
     def _all_seeds(self, policy: Policy, controller: Callable[[Task], Any]) -> None:
         for seed in self._settings.seeds:
@@ -259,13 +267,11 @@ class _Comparing:
             metrics = [run.summary.final_metric for run in runs.values()]
             work = Spread.of([run.summary.work for run in runs.values()])
             metric = Spread.of(metrics)
-            budget = ladder.fidelity(level).budget
+            fidelity = ladder.fidelity(level)
             search.append(
                 Candidate(
                     level=level,
-                    budget=text.budget(
-                        int(budget.iterations), float(budget.rtol), float(budget.atol)
-                    ),
+                    budget=_in_words(fidelity, static=not ladder.has_one_shape),
                     runs=len(runs),
                     work=None if work is None else work.mean,
                     metric=None if metric is None else metric.mean,
@@ -303,6 +309,12 @@ def same_budgets(first: Fidelity, second: Fidelity | None) -> bool:
         return False
     numbers = [{**limits(fidelity), "level": None} for fidelity in (first, second)]
     return numbers[0] == numbers[1]
+
+
+def _in_words(fidelity: Fidelity, *, static: bool) -> str:
+    budget = fidelity.budget
+    words = text.budget(int(budget.iterations), float(budget.rtol), float(budget.atol))
+    return f"{in_words(fidelity.static)}, {words}" if static else words
 
 
 def _sizes(ladder: Ladder) -> Sequence[float]:

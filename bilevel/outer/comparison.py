@@ -15,8 +15,8 @@ from rich.text import Text
 from bilevel.outer import text
 from bilevel.outer.history import decode_number, encode
 from bilevel.outer.path import budget_path, budgets_in_words
-from bilevel.outer.row import Row, outcome
-from bilevel.outer.run import COMPLETED, STOPPED, Run
+from bilevel.outer.row import Row, came_to_its_end, outcome
+from bilevel.outer.run import Run
 from bilevel.outer.sheet import Sheet
 from bilevel.outer.spread import CONFIDENCE, Spread
 from bilevel.outer.tables import until_target, whole_runs
@@ -48,7 +48,9 @@ class Arrival:
             return None
         until = run.history.until(record)
         compiled = float(until.total("compile_seconds") or 0.0)
-        return cls(record.epoch, until.work, record.elapsed, record.elapsed - compiled)
+        # Before the first update nothing was spent, which is not the same as not known.
+        work = until.work if record.epoch else 0
+        return cls(record.epoch, work, record.elapsed, record.elapsed - compiled)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,10 +106,10 @@ class Comparison:
         if self.target is not None:
             return self.target
         full = self.runs.get(FULL, [])
-        if place >= len(full) or full[place].status not in (COMPLETED, STOPPED):
+        if place >= len(full) or not came_to_its_end(full[place]):
             return None
         metric = full[place].summary.final_metric
-        if metric is None or not math.isfinite(metric):
+        if metric is None:
             return None
         return metric + self.margin * abs(metric)
 
@@ -126,11 +128,7 @@ class Comparison:
             if target is None:
                 continue
             metric = run.summary.final_metric
-            if (
-                metric is None
-                or not math.isfinite(metric)
-                or run.status not in (COMPLETED, STOPPED)
-            ):
+            if metric is None or not came_to_its_end(run):
                 return math.inf
             # A target of zero gives no part to measure by.
             misses.append((metric - target) / (abs(target) or 1.0))
@@ -255,7 +253,7 @@ class Comparison:
         reached = [arrival for arrival in arrivals if arrival is not None]
         full = self.runs.get(FULL, [])
         pairs = list(zip(runs, full, strict=False))
-        ended = all(run.status in (COMPLETED, STOPPED) for pair in pairs for run in pair)
+        ended = all(came_to_its_end(run) for pair in pairs for run in pair)
         bases = [Arrival.of(run, target) for run, target in zip(full, targets, strict=False)]
         both = [(mine, base) for mine, base in zip(arrivals, bases, strict=False) if mine and base]
         return Row(

@@ -19,11 +19,13 @@ class MeanError(eqx.Module):
     """Estimated truncation error of the gradient, averaged over the updates of an epoch.
 
     - `primal`, `adjoint`, `total`: absolute, like the norm of the gradient.
+    - `noise`: of minibatches, likewise; NaN where it is not known.
     """
 
     primal: Float[Array, ""]
     adjoint: Float[Array, ""]
     total: Float[Array, ""]
+    noise: Float[Array, ""]
 
 
 class Control:
@@ -152,7 +154,8 @@ class Control:
         - `metric`: in the dtype it was computed in, for a rule decides in that; `None`
             where nothing is measured.
         - `gradient_norm`: NaN where no gradient was usable.
-        - `errors`: primal part, adjoint part and total; NaN where unknown.
+        - `errors`: primal part, adjoint part and total, and the noise of minibatches; NaN where
+            unknown.
         """
         self._move(metric, gradient_norm, errors, first=False)
 
@@ -183,9 +186,9 @@ class Control:
         real = jnp.result_type(float)
         error = None
         if self._measures_error:
-            primal, adjoint, total = (_number(part, real) for part in errors)
+            primal, adjoint, total, noise = (_number(part, real) for part in errors)
             total_alone = np.isnan(primal) and np.isnan(adjoint) and not np.isnan(total)
-            error = total if total_alone else MeanError(primal, adjoint, total)
+            error = total if total_alone else MeanError(primal, adjoint, total, noise)
         return np.bool_(first), _number(metric, real), _number(gradient_norm, real), error
 
     def _host_step(
@@ -217,7 +220,7 @@ def _levels(state: Any) -> tuple[int, int]:
     return int(state.level), int(getattr(state, "adjoint_level", state.level))
 
 
-_UNKNOWN = (math.nan, math.nan, math.nan)
+_UNKNOWN = (math.nan, math.nan, math.nan, math.nan)
 
 
 def _is_traceable(controller: Any, state: PyTree) -> bool:

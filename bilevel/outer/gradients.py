@@ -19,7 +19,7 @@ _MOST_REPEATS = 12
 """Of a gradient that its controller does not accept: 4,096 times the first budget."""
 
 _PART = 15
-"""An error is measured no more often than every so many updates: a fifth of their work."""
+"""An error is measured every so many updates, in which that is a fifth of the work."""
 
 
 class Place(NamedTuple):
@@ -95,6 +95,11 @@ class GradientComparison:
         )
         return MeasuredError(primal, adjoint, primal + adjoint)
 
+    def measures(self, state: PyTree, epoch: int, updates: int, norm: float) -> bool:
+        """Whether an error is measured at the end of an epoch of so many updates."""
+        overdue = getattr(self._controller, "overdue", None)
+        return measured_in(epoch, updates) or (overdue is not None and bool(overdue(state, norm)))
+
     def _at(self, level: Fidelity, place: Place, gradient: PyTree) -> PyTree:
         if _same(level, place.fidelity):
             return gradient
@@ -113,5 +118,5 @@ def _same(first: Fidelity, second: Fidelity) -> bool:
 
 
 def measured_in(epoch: int, updates: int) -> bool:
-    """Whether an error is measured at the end of an epoch of so many updates."""
+    """Whether it is an error's turn to be measured at the end of an epoch of so many updates."""
     return epoch % max(1, math.ceil(_PART / max(updates, 1))) == 0

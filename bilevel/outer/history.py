@@ -35,6 +35,7 @@ class Record:
     - `nonfinite`: updates skipped because the loss, the gradient or the next parameters
         were not finite.
     - `level`: of the ladder.
+    - `static`: what it changes besides budgets (a grid, a precision), in words.
     - `rejected`: measurements so far that the controller could not use.
     - `budget_iterations`, `budget_rtol`, `budget_atol`: primal budget of a solve.
     - `adjoint_budget_iterations`, `adjoint_budget_rtol`, `adjoint_budget_atol`: adjoint
@@ -69,6 +70,7 @@ class Record:
     updates: int = 0
     nonfinite: int = 0
     level: int | None = None
+    static: str | None = None
     rejected: int | None = None
     budget_iterations: int | None = None
     budget_rtol: float | None = None
@@ -101,6 +103,9 @@ class Record:
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Record))
+WORDS = frozenset({"static"})
+"""Fields that are no numbers."""
+
 _INTEGERS = frozenset(
     field.name for field in dataclasses.fields(Record) if "int" in str(field.type)
 )
@@ -144,8 +149,11 @@ class History(Sequence[Record]):
     def column(self, name: str) -> np.ndarray:
         """One field over all records, float64; NaN where it is `None`.
 
-        **Raises:** `KeyError` naming the nearest field for an unknown one.
+        **Raises:** `KeyError` naming the nearest field for an unknown one, or for one of words.
         """
+        if name in WORDS:
+            msg = f"History: {name!r} is no number; read it from the records."
+            raise KeyError(msg)
         if name not in FIELDS and name != "work":
             msg = f"History: no column {name!r}{did_you_mean(name, (*FIELDS, 'work'))}"
             raise KeyError(msg)
@@ -153,8 +161,8 @@ class History(Sequence[Record]):
         return np.array([math.nan if value is None else value for value in values], dtype=float)
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Every field over all records, as a table of columns."""
-        return {name: self.column(name) for name in FIELDS}
+        """Every field of numbers over all records, as a table of columns."""
+        return {name: self.column(name) for name in FIELDS if name not in WORDS}
 
     def to_dataframe(self) -> Any:
         """A data frame of pandas, or of polars where that alone is installed: a row an epoch.
@@ -164,7 +172,7 @@ class History(Sequence[Record]):
         **Raises:** `ImportError` where neither is installed.
         """
         columns = {name: [getattr(record, name) for record in self._records] for name in FIELDS}
-        return data_frame("History.to_dataframe", columns, whole=_INTEGERS)
+        return data_frame("History.to_dataframe", columns, whole=_INTEGERS, words=WORDS)
 
     def total(self, name: str) -> int | float | None:
         """Sum of a field over all records that have it; `None` if none has."""
@@ -303,8 +311,8 @@ def _decode(line: Any) -> Record:
     for name, stored in line.items():
         if name not in FIELDS:
             continue  # written by a later version
-        value = decode_number(stored)
-        allowed = (int,) if name in _INTEGERS else (int, float)
+        value = stored if name in WORDS else decode_number(stored)
+        allowed = (str,) if name in WORDS else (int,) if name in _INTEGERS else (int, float)
         if value is not None and (isinstance(value, bool) or not isinstance(value, allowed)):
             msg = f"{name} is {value!r}"
             raise ValueError(msg)
@@ -315,6 +323,7 @@ def _decode(line: Any) -> Record:
 _COLUMNS: tuple[tuple[str, Callable[[Record], str]], ...] = (
     ("epoch", lambda r: str(r.epoch)),
     ("level", lambda r: text.count(r.level)),
+    ("static", lambda r: text.NOTHING if r.static is None else escape(r.static)),
     ("budget", lambda r: text.budget(r.budget_iterations, r.budget_rtol, r.budget_atol)),
     ("loss", lambda r: text.number(r.loss)),
     ("gradient", lambda r: text.number(r.gradient_norm)),

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 
 def machine() -> dict[str, Any]:
@@ -35,3 +36,10 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def device_of(tree: PyTree) -> str:
+    """The devices that the arrays of a tree lie on, in words."""
+    devices = sorted(jax.tree.leaves(tree)[0].devices(), key=lambda device: device.id)
+    count = "" if len(devices) == 1 else f"{len(devices)} × "
+    return f"{count}{devices[0].device_kind}"

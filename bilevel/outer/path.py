@@ -1,7 +1,7 @@
 """Path: the budgets that a run went through."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from bilevel.budget import UNLIMITED
 from bilevel.outer import text
@@ -14,7 +14,8 @@ _PARTS = ("iterations", "rtol", "atol")
 def budget_path(run: Run) -> list[dict[str, Any]]:
     """The epochs in which the budget changed, and what it then was.
 
-    **Returns:** for each an `epoch`, a `level`, and the fields of the budgets that there are.
+    **Returns:** for each an `epoch`, a `level`, and the fields of the budgets and of the static
+        parts that there are.
 
     >>> import bilevel as bl, optax
     >>> task = bl.Task(1.0, lambda theta, batch, fidelity: theta**2, full=bl.Budget(9))
@@ -22,7 +23,7 @@ def budget_path(run: Run) -> list[dict[str, Any]]:
     >>> [(entry["epoch"], entry["budget_iterations"]) for entry in budget_path(run)]
     [(1, 9)]
     """
-    names = ["level", *(f"{side}_{part}" for side in _SIDES for part in _PARTS)]
+    names = ["level", "static", *(f"{side}_{part}" for side in _SIDES for part in _PARTS)]
     path: list[dict[str, Any]] = []
     before: dict[str, Any] = {}
     for record in run.history:
@@ -37,7 +38,8 @@ def budget_path(run: Run) -> list[dict[str, Any]]:
 def budgets_in_words(runs: Sequence[Run]) -> str:
     """Where the budgets began and ended: `1→14`, `25`, `1→9 / 1→4`.
 
-    In between stands their finest where that was neither, `1→14→9`, else their coarsest.
+    In between stands their finest where that was neither, `1→14→9`, else their coarsest. Where
+    static parts change it is told of each, `cells 8: 1→5, cells 16: 5→9`.
 
     **Arguments:**
 
@@ -45,16 +47,37 @@ def budgets_in_words(runs: Sequence[Run]) -> str:
 
     **Returns:** primal and adjoint, the latter where it differs.
     """
-    primal, adjoint = (_in_words(runs, side) for side in _SIDES)
+    paths = [budget_path(run) for run in runs]
+    # In the order in which they come first.
+    statics = list(dict.fromkeys(entry.get("static") for path in paths for entry in path))
+    if len(statics) < 2:
+        return _of_both(paths)
+    parts = [
+        (static, [[entry for entry in path if entry.get("static") == static] for path in paths])
+        for static in statics
+    ]
+    words = [(static, _of_both(own)) for static, own in parts]
+    alike = len({budgets for _, budgets in words}) == 1
+    if alike:
+        return f"{' → '.join(str(static) for static, _ in words)}: {words[0][1]}"
+    return ", ".join(f"{static}: {budgets}" for static, budgets in words)
+
+
+Paths: TypeAlias = list[list[dict[str, Any]]]
+
+
+def _of_both(paths: Paths) -> str:
+    primal, adjoint = (_in_words(paths, side) for side in _SIDES)
     return primal if adjoint in (primal, text.NOTHING) else f"{primal} / {adjoint}"
 
 
-def _in_words(runs: Sequence[Run], side: str) -> str:
+def _in_words(entries: Paths, side: str) -> str:
     """One of the two budgets: its cap if that moves, else its tolerance."""
-    paths: list[list[tuple[Any, ...]]] = []
-    for run in runs:
-        entries = [tuple(entry.get(f"{side}_{p}") for p in _PARTS) for entry in budget_path(run)]
-        paths.append([entry for entry in entries if entry[0] is not None])
+    paths: list[list[tuple[Any, ...]]] = [
+        [tuple(entry.get(f"{side}_{part}") for part in _PARTS) for entry in path]
+        for path in entries
+    ]
+    paths = [[entry for entry in path if entry[0] is not None] for path in paths]
     paths = [path for path in paths if path]
     met = {entry for path in paths for entry in path}
     if not met:

@@ -1,10 +1,11 @@
 """Row: one policy of a comparison, over its seeds."""
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Sequence
 
-from bilevel.outer.run import COMPLETED, Run
+from bilevel.outer.run import COMPLETED, STOPPED, Run
 from bilevel.outer.spread import Spread
 
 
@@ -21,7 +22,7 @@ class Row:
         where an epoch has one batch.
     - `primal_iterations`, `adjoint_iterations`, `work`: sums over a run, apart and together.
     - `saved`: part of full's work that a run saves; negative where it does more, `None`
-        unless all came to their end, for to give up early is no saving.
+        unless all came to their end with a finite metric, for to give up early is no saving.
     - `seconds`, `seconds_without_compile`, `solver_seconds`: wall time of a run, and of it
         in the solves' iterations.
     - `compilations`: of the update, in a run.
@@ -59,9 +60,20 @@ class Row:
     seconds_saved_to_target: float | None
 
 
+def came_to_its_end(run: Run) -> bool:
+    """Whether a run was not broken off, and its metric is a number."""
+    metric = run.summary.final_metric
+    return run.status in (COMPLETED, STOPPED) and (metric is None or math.isfinite(metric))
+
+
 def outcome(runs: Sequence[Run]) -> str:
     """What became of runs: `completed`, or how many of them something else."""
-    statuses = Counter(run.status for run in runs if run.status != COMPLETED)
+    ended = (COMPLETED, STOPPED)
+    words = [
+        "ended not finite" if run.status in ended and not came_to_its_end(run) else run.status
+        for run in runs
+    ]
+    statuses = Counter(word for word in words if word != COMPLETED)
     return (
         ", ".join(
             status if count == len(runs) else f"{count} of {len(runs)} {status}"

@@ -15,6 +15,9 @@ from bilevel.refinement.fidelity import Fidelity
 _COUNTS = [REPORT.index("primal_iterations"), REPORT.index("adjoint_iterations")]
 _LEAST_ROUNDS, _MOST_ROUNDS = 2, 10
 _LEVER = 8
+_LEVERS = 4
+_CLEAR = 3.0
+"""A difference that is so many times what rounds differ by was measured."""
 
 
 def solver_seconds(
@@ -38,32 +41,56 @@ def solver_seconds(
     - `limit`: seconds that this may take.
 
     **Returns:** seconds, at most those of the updates; `None` where no solve reports its
-    iterations, or too little time is allowed to measure them.
+    iterations, or what they take cannot be told from what else the update does in the time
+    allowed.
     """
     done = np.array([history.total(name) or 0 for name in (REPORT[k] for k in _COUNTS)], float)
     updates = (history.total("updates") or 0) + (history.total("nonfinite") or 0)
     updating = float(history.total("seconds") or 0.0)
-    settings = _settings(fidelity)
-    if not done.any() or _LEAST_ROUNDS * len(settings) * updating / max(updates, 1) > limit:
-        return None
-    counts = np.array([np.asarray(update(setting), float)[_COUNTS] for setting in settings])
-    seconds = _least_seconds(update, settings, limit)
+    lever, before = _LEVER, None
+    ends = time.perf_counter() + limit
+    for _ in range(_LEVERS):
+        settings = _settings(fidelity, lever)
+        left = ends - time.perf_counter()
+        if not done.any() or _LEAST_ROUNDS * len(settings) * updating / max(updates, 1) > left:
+            return None
+        counts = np.array([np.asarray(update(setting), float)[_COUNTS] for setting in settings])
+        if before is not None and np.array_equal(counts, before):
+            return None  # a tolerance ends them: more iterations are not to be had
+        cost = _cost(counts, _timed(update, settings, left / 2))
+        if cost is not None:
+            return float(min(cost @ done, updating))
+        # Too few to stand out of an update that mostly does something else.
+        lever, before = 8 * lever, counts
+    return None
+
+
+def _cost(
+    counts: Float[np.ndarray, "settings 2"], rounds: Float[np.ndarray, "rounds settings"]
+) -> Float[np.ndarray, " 2"] | None:
+    """Seconds of a primal and of an adjoint iteration; `None` where they are not told."""
+    seconds = np.min(rounds, axis=0)
     more, longer = counts[1:] - counts[0], seconds[1:] - seconds[0]
     if not np.isfinite(more).all() or not more.any():
+        return None
+    # How far the fastest of half of the rounds are from those of the other half.
+    halves = np.min(rounds[::2], axis=0), np.min(rounds[1::2], axis=0)
+    doubt = np.max(np.abs(halves[0] - halves[1]))
+    if np.max(longer) <= _CLEAR * doubt:
         return None
     # A solve whose iterations no budget moves is taken to be as fast as the other.
     fixed = ~more.any(axis=0)
     cost, _ = nnls(more, longer)
     cost[fixed] = cost[~fixed].mean()
-    return float(min(cost @ done, updating))
+    return cost
 
 
-def _settings(fidelity: Fidelity) -> list[Fidelity]:
+def _settings(fidelity: Fidelity, lever: int) -> list[Fidelity]:
     """As little as there is, more primal iterations, and more of both."""
     budgets = [fidelity.budget]
     if fidelity.adjoint_budget is not None:
         budgets.append(fidelity.adjoint_budget)
-    many = [max(int(budget.iterations), _LEVER) for budget in budgets]
+    many = [max(int(budget.iterations), lever) for budget in budgets]
     return [
         _with_iterations(
             fidelity, [many[place] if place < count else 1 for place in range(len(many))]
@@ -85,10 +112,10 @@ def _with_iterations(fidelity: Fidelity, iterations: list[int]) -> Fidelity:
     return eqx.tree_at(caps, fidelity, written)
 
 
-def _least_seconds(
+def _timed(
     update: Callable[[Fidelity], Float[Array, " report"]], settings: list[Fidelity], limit: float
-) -> np.ndarray:
-    """The fastest of some rounds, in turn: what else a machine does only adds to it."""
+) -> Float[np.ndarray, "rounds settings"]:
+    """Wall times of some rounds, in turn."""
     rounds: list[list[float]] = []
     began = time.perf_counter()
     while len(rounds) < _MOST_ROUNDS:
@@ -101,4 +128,4 @@ def _least_seconds(
             update(setting).block_until_ready()
             row.append(time.perf_counter() - start)
         rounds.append(row)
-    return np.min(rounds, axis=0)
+    return np.array(rounds)

@@ -23,9 +23,10 @@ from bilevel.outer.control import Control, strong
 from bilevel.outer.executable import Executable
 from bilevel.outer.fingerprint import fingerprint
 from bilevel.outer.giving_up import given_up, skipped
-from bilevel.outer.gradients import GradientComparison, Place, measured_in
+from bilevel.outer.gradients import GradientComparison, Place
 from bilevel.outer.history import History, Record
 from bilevel.outer.limits import limits
+from bilevel.outer.machine import device_of
 from bilevel.outer.metric import real_number, widened
 from bilevel.outer.moment import Passed
 from bilevel.outer.progress import Reporter, Silence, batches_in
@@ -174,7 +175,7 @@ class Training:
             metric_name=self._task.metric_name,
             seconds=self._elapsed,
             compile_seconds=self._compiled_before + self._compile_seconds,
-            device=_device(self._state.trained),
+            device=device_of(self._state.trained),
             compilations=self._update.count,
             other_compilations=self._control.compilations
             + (0 if self._validation is None else self._validation.count),
@@ -244,15 +245,16 @@ class Training:
             self._metric = self._tally.mean("loss")
         if self._compares:
             fidelity = self._last[0].fidelity
-        spent = limits(fidelity)
+        spent, measured = limits(fidelity), self._tally.numbers()
         if errors is not None and not self._compares:
-            self._control.advance(self._metric, self._tally.mean("gradient_norm"), errors)
+            noise = math.nan if measured["gradient_noise"] is None else measured["gradient_noise"]
+            self._control.advance(self._metric, self._tally.mean("gradient_norm"), [*errors, noise])
         self._epoch, self._batch = number, 0
         self._record(
             seconds=seconds,
             validation_seconds=validation_seconds,
             **spent,
-            **self._tally.numbers(),
+            **measured,
         )
         self._object()
 
@@ -271,10 +273,11 @@ class Training:
     def _measured(self, epoch: int) -> list[float] | None:
         """The error of the epoch's last gradient, where it is measured in this epoch."""
         assert self._comparison is not None
-        if not measured_in(epoch, self._batch):
+        norm = self._tally.mean("gradient_norm")
+        if not self._comparison.measures(self._control.state, epoch, self._batch, norm):
             return None
         error = self._comparison.error(self._control.state, *self._last)
-        return [float(part) for part in error]
+        return [float(part) for part in error[:3]]
 
     def _object(self) -> None:
         """Say, once, that the controller has been given what it cannot use."""
@@ -441,9 +444,3 @@ class Training:
             self._history,
             limit=share * self._history[-1].elapsed,
         )
-
-
-def _device(tree: PyTree) -> str:
-    devices = sorted(jax.tree.leaves(tree)[0].devices(), key=lambda device: device.id)
-    count = "" if len(devices) == 1 else f"{len(devices)} × "
-    return f"{count}{devices[0].device_kind}"

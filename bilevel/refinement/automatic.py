@@ -104,7 +104,7 @@ class AutomaticRefinement(eqx.Module):
         ladder: Annotated[Ladder, Field(description="Use for example Ladder.iterations().")],
         *,
         signal: Part = 0.1,
-        noise: Part = 0.2,
+        noise: Part = 0.1,
         share: Part = 0.05,
     ):
         if not ladder.has_one_shape:
@@ -130,9 +130,7 @@ class AutomaticRefinement(eqx.Module):
 
         One of them is the level of `fidelity(state)`.
         """
-        coarse, middle, fine = (
-            self._at(levels) for levels in compared_levels(self._rule, state)
-        )
+        coarse, middle, fine = (self._at(levels) for levels in compared_levels(self._rule, state))
         return coarse, middle, fine
 
     def update(

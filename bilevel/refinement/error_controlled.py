@@ -22,11 +22,16 @@ Fraction = Annotated[
 
 
 class MeasuredError(NamedTuple):
-    """Truncation error of a hypergradient: its parts, and their sum; absolute, like its norm."""
+    """Truncation error of a hypergradient: its parts, and their sum; absolute, like its norm.
+
+    - `noise`: standard deviation of one batch's gradient about the mean of all, as a norm; 0
+        where there is one batch, NaN where it is not known.
+    """
 
     primal: Any
     adjoint: Any
     total: Any
+    noise: Any = 0.0
 
 
 class ErrorControlledState(NamedTuple):
@@ -41,6 +46,7 @@ class ErrorControlledState(NamedTuple):
     - `stride`, `adjoint_stride`: levels that the next tightening takes, int32.
     - `quiet`, `adjoint_quiet`: updates in a row with an error so small that it could be
         coarser, int32.
+    - `norm`: of the hypergradient whose error was last told, float32.
     """
 
     level: Int[AnyArray, ""]
@@ -51,6 +57,7 @@ class ErrorControlledState(NamedTuple):
     adjoint_stride: Int[AnyArray, ""]
     quiet: Int[AnyArray, ""]
     adjoint_quiet: Int[AnyArray, ""]
+    norm: Float[AnyArray, ""]
 
 
 class ErrorControlled(eqx.Module):
@@ -63,6 +70,10 @@ class ErrorControlled(eqx.Module):
     likewise, the larger one if neither is, and the other one where the one to blame
     stands at the top already.  Each has a level of its own on the ladder.  Failures in
     a row take growing strides, so that a start far too coarse costs few steps.
+
+    Of minibatches part of the norm is noise, which hides an error: where the error comes with
+    a `noise`, what is allowed is ``(1 - eta)`` of the norm without it, and the part `noise` of it
+    besides.
 
     After `patience` accepted updates in a row in which a part of the error was below
     `margin` of what is allowed, that solve is made coarser by one level.
@@ -85,6 +96,7 @@ class ErrorControlled(eqx.Module):
         (0.1 on a ladder of tolerances with factor 0.1), or the coarser level fails.
     - `growth`: levels that each failure in a row takes, as a multiple of the one before,
         >= 1; 1 takes one level each time.
+    - `noise`: error that is allowed besides, as a part of the gradient's noise, in (0, 1).
 
     **Raises:** `ValueError` for an argument out of range, a ladder without adjoint
     budgets, or one whose static parts differ: those cannot come from two levels at once.
@@ -110,6 +122,7 @@ class ErrorControlled(eqx.Module):
     patience: int | None = eqx.field(static=True)
     margin: float = eqx.field(static=True)
     growth: int = eqx.field(static=True)
+    noise: float = eqx.field(static=True)
 
     requires: ClassVar[frozenset[str]] = frozenset({"gradient_norm", "error"})
     without_measurement: ClassVar[str] = "goes on with more iterations"
@@ -128,6 +141,7 @@ class ErrorControlled(eqx.Module):
         growth: Annotated[
             int, Field(ge=1, le=16, description="Give 1 for one level at a time, or 2 to double.")
         ] = 2,
+        noise: Fraction = 0.2,
     ):
         if ladder.adjoint is None:
             msg = (
@@ -147,6 +161,7 @@ class ErrorControlled(eqx.Module):
         self.patience = patience
         self.margin = margin
         self.growth = growth
+        self.noise = noise
 
     def init(self) -> ErrorControlledState:
         """The state before the first hypergradient, both solves at the coarsest level."""
@@ -159,6 +174,7 @@ class ErrorControlled(eqx.Module):
             adjoint_stride=np.ones((), np.int32),
             quiet=np.zeros((), np.int32),
             adjoint_quiet=np.zeros((), np.int32),
+            norm=np.zeros((), np.float32),
         )
 
     def update(
@@ -178,7 +194,8 @@ class ErrorControlled(eqx.Module):
         - `gradient_norm`: Euclidean norm of the hypergradient, a real scalar.
         - `error`: its estimated truncation error, absolute: an object with `primal`,
             `adjoint` and `total`, such as `result.error` of `bl.hypergradient`, or one
-            scalar, which then moves both solves together.
+            scalar, which then moves both solves together. A `noise` that it has is that of
+            minibatches.
 
         **Returns:** the new state, of the same structure, shapes and dtypes.
 
@@ -196,14 +213,31 @@ class ErrorControlled(eqx.Module):
                 )
                 raise TypeError(msg)
         norm = measured(owner, "gradient_norm", gradient_norm)
-        rule = _Rule(self.eta, self.patience, self.margin, self.growth, len(self.ladder) - 1)
+        rule = _Rule(
+            self.eta, self.patience, self.margin, self.growth, self.noise, len(self.ladder) - 1
+        )
+        noise = measured(owner, "error.noise", getattr(error, "noise", 0.0))
         if all(hasattr(error, part) for part in ("primal", "adjoint", "total")):
             primal, adjoint, total = (
                 measured(owner, f"error.{part}", getattr(error, part))
                 for part in ("primal", "adjoint", "total")
             )
-            return _decided(rule, state, norm, (primal, adjoint, total))
-        return _decided(rule, state, norm, (measured(owner, "error", error),))
+            return _decided(rule, state, norm, (primal, adjoint, total), noise)
+        return _decided(rule, state, norm, (measured(owner, "error", error),), noise)
+
+    def overdue(self, state: ErrorControlledState, gradient_norm: Any) -> Bool[AnyArray, ""]:
+        """Whether an error that is measured now and then should be measured at once.
+
+        It should where the last was too large, and where the gradient has shrunk to half since.
+
+        >>> controller = ErrorControlled(Ladder.iterations(start=4, step=2, stop=20))
+        >>> state = controller.init()
+        >>> state = controller.update(state, gradient_norm=1.0, error=0.1)
+        >>> bool(controller.overdue(state, 0.6)), bool(controller.overdue(state, 0.4))
+        (False, True)
+        """
+        norm = measured("ErrorControlled.overdue", "gradient_norm", gradient_norm)
+        return _overdue(len(self.ladder) - 1, state, norm)
 
     def fidelity(self, state: ErrorControlledState) -> Fidelity:
         """The primal budget of one level, the adjoint budget of the other."""
@@ -240,11 +274,19 @@ def _doubled(xp: Namespace, rule: None, level: Any, adjoint: Any, places: Any) -
     return first, second
 
 
+@decided
+def _overdue(xp: Namespace, top: int, state: ErrorControlledState, norm: Any) -> Any:
+    # At the top of both there is nothing that a measurement could change soon.
+    full = (state.level >= top) & (state.adjoint_level >= top)
+    return xp.where(full, False, ~state.accepted | (norm <= state.norm / 2))
+
+
 class _Rule(NamedTuple):
     eta: float
     patience: int | None
     margin: float
     growth: int
+    noise: float
     top: int
 
 
@@ -261,9 +303,13 @@ def _decided(
     state: ErrorControlledState,
     norm: Float[AnyArray, ""],
     error: tuple[Float[AnyArray, ""], ...],
+    noise: Float[AnyArray, ""],
 ) -> ErrorControlledState:
     known = _usable(xp, norm)
-    allowed = (1.0 - rule.eta) * xp.where(known, norm, xp.zeros_like(norm))
+    size = xp.where(known, norm, xp.zeros_like(norm))
+    noise = xp.minimum(xp.where(_usable(xp, noise), noise, xp.zeros_like(noise)), size)
+    signal = xp.where(noise > 0, xp.sqrt(xp.maximum(size**2 - noise**2, 0)), size)
+    allowed = (1.0 - rule.eta) * signal + rule.noise * noise
     # One error for both solves counts against the whole allowance, a part against half.
     primal, adjoint, total = error if len(error) == 3 else error * 3
     share = 0.5 * allowed if len(error) == 3 else allowed
@@ -302,6 +348,7 @@ def _decided(
         adjoint_stride=second.stride,
         quiet=first.quiet,
         adjoint_quiet=second.quiet,
+        norm=xp.where(known, norm, state.norm).astype(state.norm.dtype),
     )
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from bilevel.outer.history import FIELDS, History, HistoryWriter, Record
+from bilevel.outer.history import FIELDS, WORDS, History, HistoryWriter, Record
 
 RECORDS = st.builds(
     Record,
@@ -91,7 +91,7 @@ def test_sums_and_columns():
     assert h.work == 75
     assert h.cumulative("work").tolist() == [0, 15, 40, 75]
     np.testing.assert_array_equal(h.column("primal_iterations"), [np.nan, 10, 20, 30])
-    assert set(h.columns()) == set(FIELDS)
+    assert set(h.columns()) == set(FIELDS) - WORDS
     first = h.first_at(4.5)
     assert first is not None
     assert first.epoch == 1
@@ -99,6 +99,8 @@ def test_sums_and_columns():
     assert h.until(first).work == 15
     with pytest.raises(KeyError, match="did you mean metric"):
         h.column("metrik")
+    with pytest.raises(KeyError, match="'static' is no number"):
+        h.column("static")
 
 
 def printed(table: Any) -> str:
@@ -122,13 +124,16 @@ def test_a_data_frame_of_whichever_library_is_there(library: str, monkeypatch: p
     frames = pytest.importorskip(library)
     if library == "polars":
         monkeypatch.setitem(sys.modules, "pandas", None)
-    history = History([Record(epoch=0, metric=1.0), Record(epoch=1, metric=0.5, level=3)])
+    history = History(
+        [Record(epoch=0, metric=1.0), Record(epoch=1, metric=0.5, level=3, static="cells 8")]
+    )
     frame = history.to_dataframe()
     assert isinstance(frame, frames.DataFrame)
     assert list(frame.columns) == list(FIELDS)
     assert frame["metric"].to_list() == [1.0, 0.5]
     # Whole numbers stay whole beside what is missing.
     assert frame["level"].to_list()[1] == 3
+    assert frame["static"].to_list()[1] == "cells 8"
     assert "int64" in str(frame["level"].dtype).lower()
     assert frame["level"].to_list()[0] is None or frame["level"].isna()[0]
 

@@ -95,6 +95,30 @@ def test_it_keeps_to_its_limit(clock: Callable[[Machine], Machine]):
     assert machine.seen == []
 
 
+def test_iterations_that_cost_little_are_told_by_many_of_them(clock: Callable[[Machine], Machine]):
+    """Ten milliseconds of noise hide 30 iterations of 0.1 ms, and not 512 of them."""
+
+    class Noisy(Machine):
+        def __call__(self, fidelity: Fidelity) -> Any:
+            self.now += 1e-2 * (0.5 + 0.5 * np.sin(len(self.seen)))
+            return super().__call__(fidelity)
+
+    machine = clock(Noisy(primal=1e-4, adjoint=1e-4))
+    seconds = solver_seconds(machine, FIDELITY, HISTORY, limit=1e6)
+    assert seconds == pytest.approx(370 * 1e-4, rel=0.2)
+    assert max(primal for primal, _ in machine.seen) == 512
+
+
+def test_iterations_below_the_noise_are_not_told(clock: Callable[[Machine], Machine]):
+    class Noisy(Machine):
+        def __call__(self, fidelity: Fidelity) -> Any:
+            self.now += 1e-2 * (0.5 + 0.5 * np.sin(len(self.seen)))
+            return super().__call__(fidelity)
+
+    machine = clock(Noisy(primal=1e-9, adjoint=1e-9))
+    assert solver_seconds(machine, FIDELITY, HISTORY, limit=1e6) is None
+
+
 def test_where_no_solve_reports_it_cannot_be_told(clock: Callable[[Machine], Machine]):
     machine = clock(Machine(1e-2, 1e-2))
     silent = History([Record(epoch=1, updates=10, seconds=1.0)])
