@@ -42,8 +42,8 @@ class Differences(NamedTuple):
     ...         a, b, c = (gradient(fidelity) for fidelity in controller.compared(state))
     ...         difference = Differences(abs(a - b), abs(b - c))
     ...     state = controller.update(state, gradient_norm=abs(g), error=difference)
-    >>> int(controller.fidelity(state).budget.iterations)  # 0.5 ** 4 < 0.1
-    4
+    >>> int(controller.fidelity(state).budget.iterations)  # 0.5 ** 5 < 0.05
+    5
     """
 
     coarser: Any
@@ -79,7 +79,7 @@ class AutomaticRefinement(eqx.Module):
 
     **Raises:** `ValueError` for an argument out of range.
 
-    >>> controller = AutomaticRefinement(Ladder.iterations(1, 1, 50), signal=0.1)
+    >>> controller = AutomaticRefinement(Ladder.iterations(1, 1, 50))
     >>> state = controller.init()
     >>> bool(controller.due(state)), [int(f.budget.iterations) for f in controller.compared(state)]
     (True, [1, 2, 3])
@@ -103,7 +103,7 @@ class AutomaticRefinement(eqx.Module):
         self,
         ladder: Annotated[Ladder, Field(description="Use for example Ladder.iterations().")],
         *,
-        signal: Part = 0.1,
+        signal: Part = 0.05,
         noise: Part = 0.1,
         share: Part = 0.05,
     ):

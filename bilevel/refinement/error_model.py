@@ -15,8 +15,8 @@ from bilevel.refinement.namespace import AnyArray, Namespace, decided
 GAP = 0.3
 """How far the levels of a comparison lie apart, as a part of the position between them."""
 
-WEIGHT = 0.25
-"""Of the newest gradient norm in the average."""
+WEIGHT, RISING = 0.25, 0.03
+"""Of the newest gradient norm in the average: of one below it, and of one above it."""
 
 TRUST = 2.0
 """How far beyond the levels last compared, on either side, the model is used, as a factor."""
@@ -166,7 +166,9 @@ def after(
     epsilon = float(np.finfo(norm.dtype).eps)
     known = _usable(xp, norm)
     norm = xp.where(known, norm, xp.zeros_like(norm)).astype(dtype)
-    smooth = xp.where(state.norm > 0, state.norm + WEIGHT * (norm - state.norm), norm)
+    # A gradient that is large for once hides no error of the next.
+    weight = xp.where(norm > state.norm, RISING, WEIGHT)
+    smooth = xp.where(state.norm > 0, state.norm + weight * (norm - state.norm), norm)
     fields = state._replace(
         updates=saturating_increment(state.updates),
         norm=xp.where(known, smooth, state.norm),

@@ -55,6 +55,11 @@ def trained(controller, solver, norms, state=None):
     return path, state, work, spent
 
 
+def automatic(ladder, **parts):
+    """With parts that the figures below are for, whatever the defaults are."""
+    return AutomaticRefinement(ladder, **({"signal": 0.1, "noise": 0.3} | parts))
+
+
 def needed(solver, signal, noise=0.0):
     """Fewest iterations that leave an error e <= 0.1 (signal - e) + 0.3 noise."""
     allowed = (0.1 * signal + 0.3 * noise) / 1.1
@@ -63,7 +68,7 @@ def needed(solver, signal, noise=0.0):
 
 @given(rate=st.floats(0.3, 0.97), size=st.floats(1e-3, 1e3), norm=st.floats(1e-4, 1e4))
 def test_it_settles_at_the_fewest_iterations_that_the_allowance_takes(rate, size, norm):
-    solver, controller = Solver(rate, size), AutomaticRefinement(LADDER, signal=0.1)
+    solver, controller = Solver(rate, size), automatic(LADDER, signal=0.1)
     path, *_ = trained(controller, solver, [norm] * 400)
     least = needed(solver, norm)
     # Rounding of a model kept in single precision may cost an iteration or two.
@@ -74,7 +79,7 @@ def test_it_settles_at_the_fewest_iterations_that_the_allowance_takes(rate, size
 
 def test_it_follows_a_gradient_that_shrinks():
     """K grows by log(shrinkage) / log(rate) an update: the error stays a tenth of the norm."""
-    solver, controller = Solver(0.9), AutomaticRefinement(Ladder.iterations(1, 1, 500))
+    solver, controller = Solver(0.9), automatic(Ladder.iterations(1, 1, 500))
     norms = 0.95 ** np.arange(300)
     path, *_ = trained(controller, solver, norms)
     least = [needed(solver, norm) for norm in norms]
@@ -84,16 +89,16 @@ def test_it_follows_a_gradient_that_shrinks():
 
 
 def test_it_comes_down_where_the_gradient_grows():
-    solver, controller = Solver(0.8), AutomaticRefinement(LADDER)
+    solver, controller = Solver(0.8), automatic(LADDER)
     path, state, *_ = trained(controller, solver, [1e-3] * 100)
-    after, *_ = trained(controller, solver, [1.0] * 100, state)
+    after, *_ = trained(controller, solver, [1.0] * 300, state)
     assert path[-1] > 35
     assert after[-1] == math.ceil(needed(solver, 1.0))
 
 
 def test_noise_hides_an_error_in_its_own_proportion():
     quiet, noisy = Solver(0.8), Solver(0.8, noise=0.6)
-    controller = AutomaticRefinement(LADDER, signal=0.1, noise=0.3)
+    controller = automatic(LADDER, signal=0.1, noise=0.3)
     at = [trained(controller, solver, [1.0] * 200)[0][-1] for solver in (quiet, noisy)]
     # Signal and noise are the legs of the norm: 0.8 and 0.6.
     assert at[0] == math.ceil(needed(quiet, 1.0))
@@ -101,7 +106,7 @@ def test_noise_hides_an_error_in_its_own_proportion():
 
 
 def test_noise_that_was_not_measured_leaves_what_is_known_of_it():
-    controller = AutomaticRefinement(LADDER)
+    controller = automatic(LADDER)
     state = controller.update(
         controller.init(), gradient_norm=1.0, error=Differences(0.4, 0.2, 0.5)
     )
@@ -112,7 +117,7 @@ def test_noise_that_was_not_measured_leaves_what_is_known_of_it():
 
 def test_comparisons_take_their_share_of_the_work():
     for share in (0.02, 0.05, 0.2):
-        controller = AutomaticRefinement(LADDER, share=share)
+        controller = automatic(LADDER, share=share)
         *_, work, spent = trained(controller, Solver(0.8), [1e-2] * 2000)
         # Besides the share: after 1, 2, 4, ..., 1024 updates, at 2 · 32 iterations.
         assert 0.8 * share * work < spent < share * work + 11 * 64
@@ -120,7 +125,7 @@ def test_comparisons_take_their_share_of_the_work():
 
 def test_steps_into_the_unknown_are_compared_and_double_at_the_most():
     # A model of the first comparison alone would go from 3 to 70 at once.
-    controller = AutomaticRefinement(LADDER)
+    controller = automatic(LADDER)
     path, *_ = trained(controller, Solver(0.9), [1e-2] * 60)
     assert all(later <= 2 * before + 1 for before, later in itertools.pairwise(path))
     assert path[-1] == math.ceil(needed(Solver(0.9), 1e-2))
@@ -132,12 +137,12 @@ def test_a_solver_that_does_not_converge_is_given_the_whole_ladder():
             return Differences(1.0, 1.0)
 
     ladder = Ladder.iterations(1, 1, 40)
-    path, *_ = trained(AutomaticRefinement(ladder), Stuck(0.5), [1.0] * 400)
+    path, *_ = trained(automatic(ladder), Stuck(0.5), [1.0] * 400)
     assert path[-1] == 40
 
 
 def test_differences_within_rounding_leave_the_rate_alone():
-    controller = AutomaticRefinement(LADDER)
+    controller = automatic(LADDER)
     *_, state = trained(controller, Solver(0.5), [1.0] * 50)[:2]
     after = controller.update(state, gradient_norm=np.float32(1.0), error=Differences(2e-8, 3e-8))
     assert np.array_equal(after.rate, state.rate)
@@ -145,7 +150,7 @@ def test_differences_within_rounding_leave_the_rate_alone():
 
 
 def test_a_gradient_that_is_mostly_error_is_not_accepted():
-    controller = AutomaticRefinement(TIED)
+    controller = automatic(TIED)
     state = controller.init()
     for coarser, finer, accepted in ((0.8, 0.4, False), (0.05, 0.025, True)):
         after = controller.update(state, gradient_norm=1.0, error=Differences(coarser, finer))
@@ -157,7 +162,7 @@ def test_a_gradient_that_is_mostly_error_is_not_accepted():
 
 @pytest.mark.parametrize("norm", [math.nan, math.inf, -1.0])
 def test_a_norm_that_is_none_is_answered_by_more_iterations(norm):
-    controller = AutomaticRefinement(LADDER)
+    controller = automatic(LADDER)
     _, state, *_ = trained(controller, Solver(0.5), [1.0] * 50)
     after = controller.update(state, gradient_norm=norm)
     assert positions(LADDER)[after.level] == 2 * positions(LADDER)[state.level] + 1 or (
@@ -169,7 +174,7 @@ def test_a_norm_that_is_none_is_answered_by_more_iterations(norm):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])
 def test_differences_that_are_none_change_nothing_of_the_model(bad):
-    controller = AutomaticRefinement(LADDER)
+    controller = automatic(LADDER)
     _, state, *_ = trained(controller, Solver(0.5), [1.0] * 50)
     for error in (Differences(bad, 0.1), Differences(0.2, bad)):
         after = controller.update(state, gradient_norm=1.0, error=error)
@@ -180,7 +185,7 @@ def test_differences_that_are_none_change_nothing_of_the_model(bad):
 
 
 def test_a_ladder_of_one_level_is_never_compared():
-    controller = AutomaticRefinement(Ladder.iterations(7, 1, 7))
+    controller = automatic(Ladder.iterations(7, 1, 7))
     path, state, _, spent = trained(controller, Solver(0.5), [1.0, 1e-9, math.nan] * 5)
     assert set(path) == {7}
     assert spent == 0
@@ -188,7 +193,7 @@ def test_a_ladder_of_one_level_is_never_compared():
 
 
 def test_a_ladder_of_two_levels_takes_the_second_where_the_first_is_off():
-    controller = AutomaticRefinement(Ladder.of([Budget(2), Budget(20)]))
+    controller = automatic(Ladder.of([Budget(2), Budget(20)]))
     coarse, *_ = trained(controller, Solver(0.1), [1.0] * 50)
     fine, *_ = trained(controller, Solver(0.9), [1.0] * 50)
     assert (coarse[-1], fine[-1]) == (2, 20)
@@ -201,7 +206,7 @@ def test_tolerances_are_a_ladder_like_any_other():
         def error(self, fidelity):
             return 5.0 * float(fidelity.budget.rtol)
 
-    controller = AutomaticRefinement(ladder)
+    controller = automatic(ladder)
     state = controller.init()
     for _ in range(200):
         error = None
@@ -213,7 +218,7 @@ def test_tolerances_are_a_ladder_like_any_other():
 
 
 def test_jit_decides_as_numpy_does():
-    controller, solver = AutomaticRefinement(LADDER), Solver(0.85, noise=0.3)
+    controller, solver = automatic(LADDER), Solver(0.85, noise=0.3)
     update, due, compared = (
         jax.jit(controller.update),
         jax.jit(controller.due),
@@ -234,18 +239,18 @@ def test_jit_decides_as_numpy_does():
 
 
 def test_its_state_never_changes_its_kind():
-    controller = AutomaticRefinement(LADDER)
+    controller = automatic(LADDER)
     state = controller.init()
     kinds = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
     for norm, error in ((1.0, Differences(0.4, 0.2)), (np.float64(1e-9), None), (math.nan, None)):
         state = controller.update(state, gradient_norm=norm, error=error)
         assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == kinds
     assert isinstance(controller, Controller)
-    assert hash(controller) == hash(AutomaticRefinement(LADDER))
+    assert hash(controller) == hash(automatic(LADDER))
 
 
 def test_levels_compared_hold_the_one_that_is_used():
-    controller = AutomaticRefinement(TIED)
+    controller = automatic(TIED)
     for level in (0, 1, 2, 50, 198, 199):
         state = controller.init()._replace(levels=np.int32([level]))
         places = [int(f.level) for f in controller.compared(state)]
@@ -254,7 +259,7 @@ def test_levels_compared_hold_the_one_that_is_used():
 
 
 def test_what_it_needs_is_asked_for():
-    controller = AutomaticRefinement(LADDER)
+    controller = automatic(LADDER)
     state = controller.init()
     with pytest.raises(TypeError, match="gradient_norm is missing"):
         controller.update(state, 0.3)
@@ -271,7 +276,7 @@ def test_levels_that_agree_because_of_a_tolerance_do_not_let_the_level_fall_thro
     The error allowed, 0.1, takes 46 iterations. The level may step below that where it is compared
     at once, by a factor of two, and not on to where the solver has hardly begun.
     """
-    controller = AutomaticRefinement(Ladder.iterations(1, 1, 400).with_adjoint(Budget(9)))
+    controller = automatic(Ladder.iterations(1, 1, 400).with_adjoint(Budget(9)))
 
     def gradient(fidelity):
         return 1.0 + math.exp(-0.05 * min(int(fidelity.budget.iterations), 60))

@@ -31,6 +31,11 @@ class Solves:
         return norm + sum(self.errors(fidelity, norm))
 
 
+def automatic(ladder):
+    """With parts that the figures below are for, whatever the defaults are."""
+    return AutomaticRefinement(ladder, signal=0.1, noise=0.3)
+
+
 def trained(controller, solves, norms):
     """What a loop does that computes a gradient again where it is not accepted."""
     state, path = controller.init(), []
@@ -57,7 +62,7 @@ def trained(controller, solves, norms):
 def test_both_settle_where_they_cost_least_together(primal, adjoint, size, norm):
     """min K + M with e_K + e_M <= a tenth of what is no error, K >= M."""
     solves = Solves(primal, adjoint, size)
-    path, _ = trained(AutomaticRefinement(LADDER), solves, [norm] * 200)
+    path, _ = trained(automatic(LADDER), solves, [norm] * 200)
     K, M = path[-1]
     allowed = 0.1 * norm / 1.1
     fixed = Fidelity(Budget(K), Budget(M))
@@ -77,7 +82,7 @@ def test_both_settle_where_they_cost_least_together(primal, adjoint, size, norm)
 def test_an_adjoint_that_shrinks_with_the_gradient_keeps_its_budget():
     """The primal's error is absolute: K grows by log 0.95 / log 0.9 = 0.49 an update."""
     norms = 0.95 ** np.arange(200)
-    path, _ = trained(AutomaticRefinement(LADDER), Solves(0.9, 0.9), norms)
+    path, _ = trained(automatic(LADDER), Solves(0.9, 0.9), norms)
     assert path[150][0] - path[50][0] == pytest.approx(0.487 * 100, abs=3)
     assert abs(path[150][1] - path[50][1]) <= 1
 
@@ -85,7 +90,7 @@ def test_an_adjoint_that_shrinks_with_the_gradient_keeps_its_budget():
 def test_a_side_that_costs_no_error_leaves_all_of_it_to_the_other():
     """Where no adjoint is iterated, K is what the whole allowance takes, and M the coarsest."""
     norm = 1e-2
-    path, _ = trained(AutomaticRefinement(LADDER), Solves(0.9, 0.9, part=0.0), [norm] * 100)
+    path, _ = trained(automatic(LADDER), Solves(0.9, 0.9, part=0.0), [norm] * 100)
     K, M = path[-1]
     assert math.ceil(math.log(0.1 * norm / 1.1) / math.log(0.9)) == K
     assert M == 1
@@ -93,13 +98,13 @@ def test_a_side_that_costs_no_error_leaves_all_of_it_to_the_other():
 
 def test_the_primal_is_no_coarser_than_the_adjoint():
     """Of a primal without error (a network that is zero yet) nothing is known for long."""
-    path, _ = trained(AutomaticRefinement(LADDER), Solves(0.9, 0.9, size=0.0), [1.0] * 50)
+    path, _ = trained(automatic(LADDER), Solves(0.9, 0.9, size=0.0), [1.0] * 50)
     assert all(K >= M for K, M in path)
     assert path[-1][1] > 10
 
 
 def test_both_are_compared_before_a_gradient_is_used():
-    controller = AutomaticRefinement(LADDER)
+    controller = automatic(LADDER)
     state = controller.init()
     sides = []
     for accepted in (False, True):
@@ -114,7 +119,7 @@ def test_budgets_of_an_adjoint_of_its_own_are_its_places():
     """Ten times the iterations at each level: ten times fewer levels."""
     ladder = LADDER.with_adjoint(Ladder.iterations(10, 10, 4000))
     one, other = (
-        trained(AutomaticRefinement(chosen), Solves(0.8, 0.95), [1.0] * 100)[0][-1]
+        trained(automatic(chosen), Solves(0.8, 0.95), [1.0] * 100)[0][-1]
         for chosen in (LADDER, ladder)
     )
     assert one[1] <= other[1] <= one[1] + 15
@@ -122,7 +127,7 @@ def test_budgets_of_an_adjoint_of_its_own_are_its_places():
 
 @pytest.mark.parametrize("adjoint", [None, Budget(20)])
 def test_without_budgets_to_move_apart_there_is_one_level(adjoint):
-    controller = AutomaticRefinement(LADDER.with_adjoint(adjoint))
+    controller = automatic(LADDER.with_adjoint(adjoint))
     state = controller.init()
     assert state.levels.shape == (1,)
     fidelity = controller.fidelity(state)
@@ -130,7 +135,7 @@ def test_without_budgets_to_move_apart_there_is_one_level(adjoint):
 
 
 def test_jit_decides_as_numpy_does():
-    controller, solves = AutomaticRefinement(LADDER), Solves(0.85, 0.7, 3.0)
+    controller, solves = automatic(LADDER), Solves(0.85, 0.7, 3.0)
     update, compared = jax.jit(controller.update), jax.jit(controller.compared)
     state, traced = controller.init(), jax.tree.map(jnp.asarray, controller.init())
     for norm in 0.97 ** np.arange(100, dtype=np.float32):
