@@ -15,6 +15,7 @@ _POLICIES = """policies:
   best-fixed[=RUNS]        the cheapest constant level that ends where full ends but for the
                            margin, searched among RUNS levels (8); in comparisons only
   schedule=linear:STEP     STEP levels up the ladder every epoch
+  schedule=iterations:STEP STEP iterations more every epoch, from its coarsest to its finest
   hoag=SEQUENCE            HOAG's tolerances: exponential, quadratic or cubic
   prdp                     progressive refinement, the published rule
   error                    the gradient's error kept below its norm

@@ -66,10 +66,26 @@ def _full(policy: Policy, task: Task) -> FixedFidelity:
 
 
 def _scheduled(policy: Policy, task: Task) -> ScheduledFidelity:
-    ladder = _ladder(policy, task)
-    step, top = policy.numbers[0], len(ladder)
+    ladder, step = _ladder(policy, task), policy.numbers[0]
+    if policy.sequence == "iterations":
+        return ScheduledFidelity(_by_iterations(policy, ladder))
+    top = len(ladder)
     # Cut before the product, which could leave int32.
     return ScheduledFidelity(ladder, lambda updates: step * jnp.minimum(updates, top))
+
+
+def _by_iterations(policy: Policy, ladder: Ladder) -> Ladder:
+    """From the coarsest budget to the finest in equal steps, its tolerances kept."""
+    caps = [int(fidelity.budget.iterations) for fidelity in (ladder.coarsest, ladder.finest)]
+    if not ladder.has_one_shape or caps[0] >= caps[1] or caps[1] >= UNLIMITED:
+        why = "the task's ladder is none of iterations"
+        raise ValueError(_unusable(policy, f"{why}; take schedule=linear:STEP"))
+    stepped = Ladder.iterations(caps[0], policy.numbers[0], caps[1])
+    budget = ladder.finest.budget
+    rtol, atol = float(budget.rtol), float(budget.atol)
+    if rtol or atol:
+        stepped = stepped.with_tolerances(Budget(rtol=rtol, atol=atol))
+    return stepped.with_static(**dict(ladder.finest.static)) if ladder.finest.static else stepped
 
 
 def _hoag(policy: Policy, task: Task) -> ScheduledFidelity:

@@ -58,7 +58,8 @@ def compare(
 
     - `task`: a task, or ``task(seed) -> Task`` where start or data depend on the seed.
     - `policies`: of `full`, `fixed=K`, `fixed=K:M`, `best-fixed`, `best-fixed=RUNS`,
-        `schedule=linear:STEP`, `hoag=exponential|quadratic|cubic`, `prdp`, `error`, `auto`, `task`,
+        `schedule=linear:STEP`, `schedule=iterations:STEP`, `hoag=exponential|quadratic|cubic`,
+        `prdp`, `error`, `auto`, `task`,
         which ``bilevel compare --help`` explains. By default what the task recommends, else
         `full` and the task's controller, or `prdp` on its ladder.
     - `seeds`: how many, from 0, or the seeds themselves.
@@ -191,7 +192,10 @@ class _Comparing:
         policies = [policy for policy in self._policies if policy.kind != "best-fixed"]
         full = parse_policy(FULL)
         controller = controller_for(policies[0] if policies else full, self._first)
-        warm_up(self._first, self._common["optimizer"], controller)
+        try:
+            warm_up(self._first, self._common["optimizer"], controller)
+        except KeyboardInterrupt:
+            raise _Interrupted from None
 
     def _all_seeds(self, policy: Policy, controller: Callable[[Task], Any]) -> None:
         for seed in self._settings.seeds:

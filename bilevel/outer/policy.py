@@ -9,7 +9,7 @@ SYNTAX = {
     "full": "full",
     "fixed": "fixed=K or fixed=K:M",
     "best-fixed": "best-fixed or best-fixed=RUNS",
-    "schedule": "schedule=linear:STEP",
+    "schedule": "schedule=linear:STEP or schedule=iterations:STEP",
     "hoag": "hoag=exponential|quadratic|cubic",
     "prdp": "prdp",
     "error": "error",
@@ -23,7 +23,7 @@ MEANING = {
     "fixed": "K primal and M adjoint iterations (M = K by default) in every step",
     "best-fixed": "the cheapest constant level of the ladder that ends where full ends but for "
     "the margin, searched among RUNS levels (default 8)",
-    "schedule": "STEP levels up the ladder every epoch",
+    "schedule": "STEP levels up the ladder every epoch, or STEP iterations more",
     "hoag": "tolerances that fall by HOAG's sequences, 1e-3 at the start",
     "prdp": "progressive refinement by the published rule",
     "error": "the hypergradient's error is held below its norm, primal and adjoint apart",
@@ -42,7 +42,7 @@ class Policy:
     - `text`: as written; the name in tables.
     - `kind`: one of `SYNTAX`.
     - `numbers`: its whole numbers: (K, M), (RUNS,) or (STEP,).
-    - `sequence`: of HOAG.
+    - `sequence`: of HOAG; `iterations` of a schedule that counts them.
     """
 
     text: str
@@ -62,7 +62,7 @@ def parse_policy(written: str) -> Policy:
     **Arguments:**
 
     - `written`: one of `full`, `fixed=K`, `fixed=K:M`, `best-fixed`, `best-fixed=RUNS`,
-        `schedule=linear:STEP`, `hoag=exponential|quadratic|cubic`, `prdp`, `error`,
+        `schedule=linear:STEP`, `schedule=iterations:STEP`, `hoag=exponential|quadratic|cubic`, `prdp`, `error`,
         `auto`, `task`.
 
     **Raises:** `ValueError` in one line, with the nearest known name.
@@ -125,11 +125,12 @@ def _best_fixed(written: str, argument: str) -> Policy:
 
 def _schedule(written: str, argument: str) -> Policy:
     shape, separator, step = argument.partition(":")
-    if shape != "linear":
+    if shape not in ("linear", "iterations"):
         raise ValueError(_wrong(written, "schedule", f"{shape!r} is no shape that there is"))
     if not separator:
         raise ValueError(_wrong(written, "schedule", "STEP is missing"))
-    return Policy(written, "schedule", (_whole(written, "schedule", step),))
+    counted = "iterations" if shape == "iterations" else None
+    return Policy(written, "schedule", (_whole(written, "schedule", step),), counted)
 
 
 def _hoag(written: str, argument: str) -> Policy:

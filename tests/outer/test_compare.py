@@ -241,7 +241,7 @@ def test_ctrl_c_ends_the_comparison(make_task: MakeTask, tmp_path: Path):
 
     def batches(epoch: int, key: Any) -> list[np.ndarray]:
         calls.append(epoch)
-        if len(calls) == 5:
+        if len(calls) == 6:  # one of them for the shapes, before the first run
             raise KeyboardInterrupt
         return [np.ones(1)]
 
@@ -265,7 +265,7 @@ def test_an_error_leaves_the_finished_runs_on_record(make_task: MakeTask, tmp_pa
 
     def batches(epoch: int, key: Any) -> list[np.ndarray]:
         calls.append(epoch)
-        if len(calls) == 5:
+        if len(calls) == 6:  # one of them for the shapes, before the first run
             msg = "disk gone"
             raise OSError(msg)
         return [np.ones(1)]
@@ -334,3 +334,59 @@ def test_the_spread_over_seeds_is_explained_where_there_is_one(make_task: MakeTa
     explained = "± half the 95 % confidence interval of the mean (Student's t)"
     assert explained not in printed(compare(make_task(epochs=2), ["full"], progress=False))
     assert explained in printed(compare(make_task(epochs=2), ["full"], seeds=2, progress=False))
+
+
+def test_a_metric_that_ends_at_nan_has_saved_nothing(make_task: MakeTask):
+    def validate(theta: Any) -> Any:
+        return jnp.where(theta < 2.3, jnp.abs(theta - 2.0), jnp.nan)
+
+    comparison = compare(make_task(validate=validate), ["full", "fixed=1"], progress=False)
+    full, coarse = comparison.rows
+    assert full.status == "completed"
+    assert math.isnan(comparison.runs["fixed=1"][0].summary.final_metric or 0.0)
+    assert coarse.status == "ended not finite"
+    assert coarse.saved is None
+    assert coarse.relative_metric is None
+
+
+def test_a_target_met_before_training_took_no_work(make_task: MakeTask):
+    """None would mean that it is not known."""
+    row = compare(make_task(), ["fixed=12"], target=1e9, progress=False).rows[0]
+    assert row.epochs_to_target == Spread(0, None, 1)
+    assert row.work_to_target == Spread(0, None, 1)
+
+
+def test_the_search_names_the_static_parts_of_its_candidates(make_task: MakeTask):
+    ladder = Ladder.iterations(11, 1, 12).with_static(cells=[8, 16])
+    comparison = compare(
+        make_task(ladder=ladder), ["full", "best-fixed=3"], target=1.0, progress=False
+    )
+    assert {candidate.budget for candidate in comparison.search} <= {"cells 8, 11", "cells 16, 12"}
+    assert comparison.search
+
+
+def test_the_first_policy_does_not_pay_what_a_process_pays_once(
+    make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+):
+    """The task is traced before the first run begins to be timed, and its errors are the run's."""
+    order: list[str] = []
+    monkeypatch.setattr(
+        "bilevel.outer.compare.optimize", lambda *args, **kwargs: order.append("run") or 1 / 0
+    )
+
+    def loss(theta: Any, batch: Any, fidelity: Any) -> Any:
+        order.append("traced")
+        return theta**2
+
+    with pytest.raises(ZeroDivisionError):
+        compare(make_task(loss=loss), ["full"], progress=False)
+    assert order[0] == "traced"
+    assert order[-1] == "run"
+    monkeypatch.undo()
+
+    def broken(theta: Any, batch: Any, fidelity: Any) -> Any:
+        msg = "mine"
+        raise KeyError(msg)
+
+    with pytest.raises(KeyError, match="mine"):
+        compare(make_task(loss=broken), ["full"], progress=False)

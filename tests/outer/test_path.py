@@ -13,6 +13,7 @@ from bilevel.outer.policy import parse_policy
 from bilevel.outer.run import Run
 from bilevel.outer.task import Task
 from bilevel.refinement.ladder import Ladder
+from bilevel.refinement.scheduled import ScheduledFidelity
 
 MadeRun = Callable[..., Run]
 Budgets = Sequence[tuple[int, float]]
@@ -119,3 +120,33 @@ def test_what_training_records(
     fields: dict[str, Any] = {"epochs": 5, "ladder": Ladder.iterations(1, 1, 12)}
     controller = controller_for(parse_policy(policy), make_task(**fields))
     assert budgets_in_words([train(controller=controller, **fields)]) == words
+
+
+def test_static_parts_that_change_are_told_with_the_budgets(made_run: MadeRun):
+    """A path without them would read `5→9→9`, and hide that the last nine are on another grid."""
+
+    def on(cells: int, *caps: int) -> list[Record]:
+        return [
+            Record(epoch=cells + cap, metric=1.0, static=f"cells {cells}", budget_iterations=cap)
+            for cap in caps
+        ]
+
+    run = made_run(Record(epoch=0, metric=1.0), *on(8, 5, 9), *on(16, 9))
+    assert budgets_in_words([run]) == "cells 8: 5→9, cells 16: 9"
+    path = budget_path(run)
+    assert [(entry["static"], entry["budget_iterations"]) for entry in path] == [
+        ("cells 8", 5),
+        ("cells 8", 9),
+        ("cells 16", 9),
+    ]
+    alike = made_run(Record(epoch=0, metric=1.0), *on(8, 9), *on(16, 9))
+    assert budgets_in_words([alike]) == "cells 8 → cells 16: 9"
+    one = made_run(Record(epoch=0, metric=1.0), *on(8, 5, 9))
+    assert budgets_in_words([one]) == "5→9"
+
+
+def test_training_records_the_static_parts(train: Callable[..., Run]):
+    ladder = Ladder.iterations(4, 1, 5).with_static(cells=[8, 16])
+    run = train(controller=ScheduledFidelity(ladder), ladder=ladder, epochs=3)
+    assert [record.static for record in run.history] == [None, "cells 8", "cells 16", "cells 16"]
+    assert budgets_in_words([run]) == "cells 8: 4, cells 16: 5"

@@ -26,6 +26,10 @@ from bilevel.refinement.progressive import ProgressiveRefinement
         ("best-fixed", Policy("best-fixed", "best-fixed", (8,))),
         ("best-fixed=5", Policy("best-fixed=5", "best-fixed", (5,))),
         ("schedule=linear:3", Policy("schedule=linear:3", "schedule", (3,))),
+        (
+            "schedule=iterations:5",
+            Policy("schedule=iterations:5", "schedule", (5,), "iterations"),
+        ),
         ("hoag=cubic", Policy("hoag=cubic", "hoag", (), "cubic")),
     ],
 )
@@ -86,6 +90,7 @@ def fidelities(controller: Any, updates: int) -> list[Fidelity]:
         ("fixed=4", [(4, 4)] * 3),
         ("fixed=4:7", [(4, 7)] * 3),
         ("schedule=linear:5", [(1, 1), (6, 6), (11, 11), (12, 12)]),
+        ("schedule=iterations:4", [(1, 1), (5, 5), (9, 9), (12, 12), (12, 12)]),
     ],
 )
 def test_each_policy_asks_for_its_budgets(
@@ -108,6 +113,25 @@ def test_hoag_tightens_both_tolerances_under_the_full_cap(make_task: Callable[..
     assert found[0]["grid"] == 8
 
 
+def test_steps_of_iterations_keep_the_ladder_s_tolerance(make_task: Callable[..., Task]):
+    """On a ladder of tens they are in between its levels."""
+    ladder = Ladder.iterations(10, 10, 30).with_tolerances(Budget(rtol=1e-3))
+    task = make_task(ladder=ladder)
+    found = fidelities(controller_for(parse_policy("schedule=iterations:5"), task), 6)
+    assert [int(f.budget.iterations) for f in found] == [10, 15, 20, 25, 30, 30]
+    assert [float(f.budget.rtol) for f in found] == pytest.approx([1e-3] * 6)
+
+
+def test_hoag_ends_at_the_full_solve_s_own_tolerances(make_task: Callable[..., Task]):
+    """Below them it would do more than full."""
+    task = make_task(full=Fidelity(Budget(70, rtol=1e-4), Budget(60, rtol=1e-2)))
+    found = fidelities(controller_for(parse_policy("hoag=cubic"), task), 9)
+    assert [float(f.budget.rtol) for f in found][:2] == pytest.approx([1e-3, 1.25e-4])
+    assert float(found[-1].budget.rtol) == pytest.approx(1e-4)
+    assert [float(f.adjoint_budget.rtol) for f in found] == pytest.approx([1e-2] * 9)
+    assert {int(f.adjoint_budget.iterations) for f in found} == {60}
+
+
 def test_prdp_takes_the_task_s_settings(make_task: Callable[..., Task]):
     task = make_task(refinement={"ema_window": None, "error_window": 5})
     controller = controller_for(parse_policy("prdp"), task)
@@ -126,6 +150,7 @@ def test_a_large_linear_step_does_not_leave_the_ladder(make_task: Callable[..., 
         ("full", {"ladder": None}, "needs a full fidelity or ladder"),
         ("prdp", {"ladder": None}, "needs a ladder"),
         ("schedule=linear:1", {"ladder": None}, "needs a ladder"),
+        ("schedule=iterations:1", {"ladder": Ladder.tolerances()}, "is none of iterations"),
         ("task", {}, "no controller of its own"),
         ("error", {"ladder": None}, "needs a ladder"),
         ("auto", {"ladder": None}, "needs a ladder"),
