@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 from bilevel.outer.compare import compare
 from bilevel.outer.history import Record
-from bilevel.outer.plotting import MissingPlotsError, _looks, plot_runs
+from bilevel.outer.look import looks as _looks
+from bilevel.outer.plotting import MissingPlotsError, plot_runs
 from bilevel.outer.policy import SYNTAX
 from bilevel.outer.run import Run
 from bilevel.outer.task import Task
@@ -91,6 +92,7 @@ def test_policies_that_go_by_tolerances_have_a_panel_of_their_own(
         "budget: relative tolerance of a solve",
         "Σ iterations: primal, adjoint (pale)",
         "wall time, s: solver, rest (pale), compile (grey)",
+        "iterations of an outer step, shaded what is saved",
     ]
     pink = _looks(list(runs))["hoag=cubic"]["color"]
     drawn = [any(line.get_color() == pink for line in axis.lines) for axis in figure.axes[:5]]
@@ -124,11 +126,15 @@ def test_bars_are_as_long_as_the_table_says(
         "prdp": [spent(10, 2), spent(10, 2)],
     }
     figure = figure_of(runs, tmp_path, monkeypatch)
-    work, time = ([bar.get_width() for bar in axis.patches] for axis in figure.axes[-2:])
+    work_axis, time_axis = (
+        next(axis for axis in figure.axes if axis.get_title("left").startswith(start))
+        for start in ("Σ iterations", "wall time, s")
+    )
+    work, time = ([bar.get_width() for bar in axis.patches] for axis in (work_axis, time_axis))
     assert work == pytest.approx([120, 20, 10, 2])
     assert time == pytest.approx([2.5, 2.5, 4, 0, 5, 4])
     # Half of the interval by Student's t for 120 and 160: 12.7062 * 20.
-    (whisker,) = [whiskers for whiskers in figure.axes[-2].collections if len(whiskers.get_paths())]
+    (whisker,) = [whiskers for whiskers in work_axis.collections if len(whiskers.get_paths())]
     assert whisker.get_paths()[0].vertices[:, 0] == pytest.approx(
         [140 - 254.124, 140 + 254.124], abs=1e-3
     )
@@ -212,3 +218,87 @@ def test_ticks_are_few_and_all_of_them_have_a_label(high: float):
     assert 2 <= len(shown) <= 8
     assert all(label.get_text() for label in axis.get_yticklabels())
     assert not [tick for tick in axis.get_yticks(minor=True) if low <= tick <= top]
+
+
+def quality_record(epoch: int, work: int, **fields: Any) -> Record:
+    own = {"primal_iterations": work - 1, "adjoint_iterations": 1, "budget_iterations": work}
+    return Record(epoch=epoch, metric=1.0 / epoch, updates=1, **own | fields)
+
+
+def axis_of(figure: Figure, start: str) -> Any:
+    return next(axis for axis in figure.axes if axis.get_title("left").startswith(start))
+
+
+def test_residuals_are_drawn_for_both_solves_on_a_logarithmic_axis(
+    made_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    numbers = [(1, 0.5, 0.25), (2, 1e-3, 1e-4)]
+    run = made_run(
+        *(quality_record(n, 4, primal_residual=p, adjoint_residual=a) for n, p, a in numbers)
+    )
+    axis = axis_of(figure_of({"full": [run]}, tmp_path, monkeypatch), "relative residual")
+    primal, adjoint = axis.lines[0], axis.lines[2]  # each is followed by the mark of its end
+    assert list(primal.get_ydata()) == [0.5, 1e-3]
+    assert list(adjoint.get_ydata()) == [0.25, 1e-4]
+    assert (primal.get_linestyle(), adjoint.get_linestyle()) == ("-", "--")
+    assert axis.get_yscale() == "log"
+
+
+def test_the_error_stands_beside_the_norm_of_one_policy_and_over_it_for_several(
+    made_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = made_run(quality_record(1, 4, gradient_norm=4.0, error=2.0, gradient_noise=1.0))
+    axis = axis_of(figure_of({"prdp": [run]}, tmp_path, monkeypatch), "gradient:")
+    assert axis.get_title("left") == "gradient: norm, error (dashed), noise (dotted)"
+    assert [float(line.get_ydata()[0]) for line in axis.lines[::2]] == [4.0, 2.0, 1.0]
+    figure = figure_of({"full": [run], "prdp": [run]}, tmp_path, monkeypatch)
+    axis = axis_of(figure, "of the gradient's norm")
+    heights = [float(line.get_ydata()[0]) for line in axis.lines]
+    assert heights == [0.5, 0.5, 0.25, 0.25, 0.5, 0.5, 0.25, 0.25, 1.0]
+
+
+def test_what_is_not_known_is_not_named(
+    made_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = made_run(quality_record(1, 4, gradient_norm=4.0, gradient_noise=1.0))
+    figure = figure_of({"prdp": [run]}, tmp_path, monkeypatch)
+    titles = [axis.get_title("left") for axis in figure.axes]
+    assert "gradient: norm, noise (dotted)" in titles
+    assert not [title for title in titles if "residual" in title or "shaded" in title]
+
+
+def test_the_saved_area_lies_between_the_full_solve_and_the_policy(
+    made_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    full = made_run(*(quality_record(n, 40) for n in (1, 2, 3)))
+    prdp = made_run(*(quality_record(n, w) for n, w in ((1, 10), (2, 20), (3, 30))))
+    figure = figure_of({"full": [full], "prdp": [prdp]}, tmp_path, monkeypatch)
+    axis = axis_of(figure, "iterations of an outer step")
+    (area,) = axis.collections
+    heights = area.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (10, 40)
+    assert axis.get_ylim()[0] == 0
+    # 60 of 120 iterations.
+    assert "saved against full: prdp 50 %." in figure.get_supxlabel()
+
+
+def test_one_policy_saves_against_its_own_finest_budget(
+    made_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # In the last epoch a controller measured: twice the work under the same budget.
+    records = [quality_record(n, w) for n, w in ((1, 10), (2, 20), (3, 40), (4, 40))]
+    measured = quality_record(5, 80, budget_iterations=40)
+    run = made_run(*records, measured)
+    figure = figure_of({"auto": [run]}, tmp_path, monkeypatch)
+    axis = axis_of(figure, "iterations of an outer step")
+    assert list(axis.lines[-1].get_ydata()) == [40] * 5
+    # 190 iterations were taken where 5 · 40 would have been.
+    assert "its finest budget throughout (dotted): auto 5 %." in figure.get_supxlabel()
+
+
+def test_epochs_are_counted_in_whole_numbers(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    figure = figure_of({"full": [train(epochs=2)]}, tmp_path, monkeypatch)
+    figure.draw_without_rendering()
+    assert all(float(tick).is_integer() for tick in figure.axes[0].get_xticks())
