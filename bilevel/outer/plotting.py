@@ -142,7 +142,7 @@ def _quality(runs: Runs) -> list[_Drawn]:
     if series.known(runs, series.error_share) or series.known(runs, series.noise_share):
         if len(runs) == 1:
             # One policy leaves room for the norm itself.
-            shown = [("norm", series.column("gradient_norm"), SOLID)]
+            shown: list[tuple[str, Series, Any]] = [("norm", series.column("gradient_norm"), SOLID)]
             shown.append(("error (dashed)", series.column("error"), DASHED))
             shown.append(("noise (dotted)", series.column("gradient_noise"), DOTTED))
             form, mark = "gradient: {}", None
@@ -154,7 +154,7 @@ def _quality(runs: Runs) -> list[_Drawn]:
         sides = [Side(each, style) for _, each, style in shown]
         name = form.format(", ".join(name for name, _, _ in shown))
         panels.append(Panel(steps, name, series.epochs, sides, runs, mark=mark))
-    if len(runs) > 1 and series.known(runs, series.work_of_step) or series.saved_shares(runs):
+    if (len(runs) > 1 and series.known(runs, series.work_of_step)) or series.saved_shares(runs):
         panels.append(Savings(steps, runs))
     return panels
 
