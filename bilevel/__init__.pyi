@@ -29,11 +29,14 @@ from .outer.checkpoints.owner import DirectoryInUseError as DirectoryInUseError
 from .outer.checkpoints.settings import Checkpoints as Checkpoints
 from .outer.compare import compare as compare
 from .outer.comparison import Comparison as Comparison
+from .outer.diagnostics import diagnose as diagnose
+from .outer.finding import Finding as Finding
 from .outer.history import History as History
 from .outer.history import Record as Record
 from .outer.optimize import NonFiniteError as NonFiniteError
 from .outer.optimize import optimize as optimize
 from .outer.plotting import plot_runs as plot_runs
+from .outer.report.page import write_report as write_report
 from .outer.run import Run as Run
 from .outer.simultaneous import Simultaneous as Simultaneous
 from .outer.task import Task as Task

@@ -56,6 +56,8 @@ def metadata(wheel: Path) -> Message:
 def test_wheel_holds_the_core_and_nothing_else_without_adapters(tree: Path):
     names = contents(build(tree))
     assert {"bilevel/__init__.py", "bilevel/py.typed", "bilevel/solver/loop.py"} <= names
+    page = {"page.html", "page.css", "page.js", "uplot/uPlot.iife.min.js", "uplot/LICENSE"}
+    assert {f"bilevel/outer/report/{name}" for name in page} <= names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"bilevel"}
 
 
@@ -71,7 +73,7 @@ def test_wheel_says_what_it_is_and_needs(tree: Path):
     described = metadata(build(tree))
     assert described["Name"] == "bilevel"
     assert set(described["Requires-Python"].split(",")) == {">=3.11", "<3.14"}
-    extras = {"pde", "arrays", "solvers", "plot", "examples", "test", "docs", "all"}
+    extras = {"pde", "arrays", "solvers", "plot", "report", "examples", "test", "docs", "all"}
     assert extras <= set(described.get_all("Provides-Extra", []))
     core = [entry for entry in described.get_all("Requires-Dist", []) if "extra ==" not in entry]
     assert any(entry.startswith("jax>") for entry in core)

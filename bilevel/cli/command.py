@@ -81,6 +81,10 @@ def _main(words: list[str]) -> int:
         from bilevel.cli.plot import plot
 
         return plot(options)
+    if options.command == "report":
+        from bilevel.cli.report import report
+
+        return report(options)
     if options.command == "schema":
         from bilevel.cli.configuration import schema
 

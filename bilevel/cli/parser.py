@@ -151,6 +151,25 @@ def _parsers() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
         "--output", type=_path, metavar="FILE", help="picture to write (a PNG in the directory)"
     )
 
+    report = _command(
+        commands,
+        "report",
+        "write one page of runs: charts, tables, findings in words",
+        "Comparisons have a part of the page each; runs of one task are put together. A run that\n"
+        "goes on, or was killed, is shown as far as it came.",
+    )
+    report.add_argument(
+        "runs",
+        nargs="+",
+        type=_path,
+        metavar="RUN",
+        help="directory of a run or comparison, or its comparison.json or history.jsonl",
+    )
+    report.add_argument(
+        "--output", type=_path, metavar="FILE", help="page to write (report.html in the first RUN)"
+    )
+    report.add_argument("--text", action="store_true", help="print the findings, write no page")
+
     schema = _command(commands, "schema", "the JSON schema of a command's configuration", None)
     schema.add_argument("of", choices=("run", "compare"), metavar="COMMAND", help="run or compare")
 

@@ -141,10 +141,11 @@ class Comparison:
 
     def table(self) -> Group:
         """Two printable tables: whole runs, and what it took to the target; then notes."""
-        return Group(*self._sheets, *(Text(note) for note in self.notes))
+        return Group(*self.sheets, *(Text(note) for note in self.notes))
 
     @property
-    def _sheets(self) -> list[Sheet]:
+    def sheets(self) -> list[Sheet]:
+        """The tables by themselves."""
         rows = self.rows
         timed = any(row.reached is not None for row in rows)
         whole = whole_runs(rows, self.task, self.metric_name, budgets=not timed)
@@ -152,7 +153,7 @@ class Comparison:
 
     def to_markdown(self) -> str:
         """The tables and notes in Markdown, with what made them."""
-        lines = [f"**{sheet.title}**\n\n{sheet.markdown()}\n" for sheet in self._sheets]
+        lines = [f"**{sheet.title}**\n\n{sheet.markdown()}\n" for sheet in self.sheets]
         lines.append("\n".join(f"- {note}" for note in [*self.notes, *_origin_notes(self.origin)]))
         return "\n".join(lines)
 

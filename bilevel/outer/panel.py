@@ -5,16 +5,17 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from bilevel.outer.history import History
 from bilevel.outer.look import faded
 from bilevel.outer.run import Run
 from bilevel.outer.series import (
     REFERENCE,
+    Curve,
     Runs,
     Series,
     allowed,
+    curve,
     epochs,
-    finest_work,
+    reference,
     work,
     work_of_step,
 )
@@ -23,9 +24,6 @@ from bilevel.outer.ticks import few_ticks, scale
 
 Looks: TypeAlias = Mapping[str, dict[str, Any]]
 """By policy, its colour and line."""
-
-Lines: TypeAlias = Sequence[tuple[np.ndarray, np.ndarray]]
-"""Of several seeds, x and y."""
 
 SOLID = "-"
 DASHED = (0, (3, 1.5))
@@ -90,13 +88,12 @@ class Panel:
                     look["linestyle"] = side.style
                 if self.held:
                     look["drawstyle"] = "steps-pre"
-                lines = [_line(run.history, self.x, side.series) for run in group]
-                lines = [line for line in lines if line[0].size]
-                if not lines:
+                line = curve(group, self.x, side.series)
+                if line is None:
                     continue
-                _draw_lines(axis, lines, look)
-                heights += [y for _, y in lines]
-                spans += [x for x, _ in lines]
+                _draw(axis, line, look)
+                heights += [line.low, line.high]
+                spans.append(line.x)
         if self.mark is not None and heights:
             axis.axhline(self.mark, color="#555555", lw=1, linestyle=(0, (1, 2)), zorder=2.5)
             heights.append(np.array([self.mark]))
@@ -128,41 +125,32 @@ class Savings:
 
     def draw(self, axis: Any, looks: Looks) -> None:
         """Draw it."""
-        reference = self._reference()
+        limit = reference(self.runs)
+        alone = len(self.runs) == 1
         # Areas that lie over each other must not add up to a colour of none of them.
         alpha = max(0.2 / max(len(self.runs) - 1, 1), 0.06)
         top = 0.0
         for name, group in self.runs.items():
-            lines = [_line(run.history, epochs, work_of_step) for run in group]
-            lines = [line for line in lines if line[0].size]
-            if not lines:
+            line = curve(group, epochs, work_of_step)
+            if line is None:
                 continue
             look = dict(looks[name]) | {"drawstyle": "steps-pre", "linestyle": SOLID}
-            _draw_lines(axis, lines, look)
-            top = max(top, *(float(y.max()) for _, y in lines))
-            if reference is None or (name == REFERENCE and len(self.runs) > 1):
+            _draw(axis, line, look)
+            top = max(top, float(line.high.max()))
+            if limit is None or (name == REFERENCE and not alone):
                 continue
-            x, y = _median(lines)
-            length = min(len(y), len(reference[1]))
-            x, y, limit = x[:length], y[:length], reference[1][:length]
+            length = min(len(line.x), len(limit.x))
+            x, y, full = line.x[:length], line.y[:length], limit.y[:length]
             area = {"color": look["color"], "alpha": alpha, "lw": 0, "zorder": 1.5}
-            axis.fill_between(x, y, limit, where=limit > y, step="pre", **area)
-        if reference is not None and len(self.runs) == 1:
-            axis.plot(*reference, color="#555555", lw=1, linestyle=(0, (1, 2)), zorder=2.5)
-            top = max(top, float(reference[1].max()))
+            axis.fill_between(x, y, full, where=full > y, step="pre", **area)
+        if limit is not None and alone:
+            axis.plot(limit.x, limit.y, color="#555555", lw=1, linestyle=(0, (1, 2)), zorder=2.5)
+            top = max(top, float(limit.y.max()))
         few_ticks(axis.yaxis, 6)
         few_ticks(axis.xaxis, 6, whole=True)
         # From zero, or the area would not be in proportion to what it stands for.
         axis.set_ylim(0.0, 1.06 * top or 1.0)
         _dress(axis, self.x_name, "iterations of an outer step, shaded what is saved")
-
-    def _reference(self) -> tuple[np.ndarray, np.ndarray] | None:
-        alone = len(self.runs) == 1
-        group = next(iter(self.runs.values())) if alone else self.runs.get(REFERENCE, [])
-        series = finest_work if alone else work_of_step
-        lines = [_line(run.history, epochs, series) for run in group]
-        lines = [line for line in lines if line[0].size]
-        return _median(lines) if lines else None
 
 
 class Bars:
@@ -208,28 +196,14 @@ class Bars:
 _SHADES = (1.0, 0.4)
 
 
-def _line(history: History, x: Series, y: Series) -> tuple[np.ndarray, np.ndarray]:
-    right, up = x(history), y(history)
-    usable = np.isfinite(right) & np.isfinite(up)
-    return right[usable], up[usable]
-
-
-def _median(lines: Lines) -> tuple[np.ndarray, np.ndarray]:
-    length = min(len(x) for x, _ in lines)
-    xs, ys = (np.array([line[side][:length] for line in lines]) for side in (0, 1))
-    return np.median(xs, axis=0), np.median(ys, axis=0)
-
-
-def _draw_lines(axis: Any, lines: Lines, look: Mapping[str, Any]) -> None:
-    """The median of the seeds in a band from the lowest to the highest, with its end marked."""
-    x, y = _median(lines)
-    if len(lines) > 1:
-        ys = np.array([line[1][: len(x)] for line in lines])
+def _draw(axis: Any, line: Curve, look: Mapping[str, Any]) -> None:
+    """A line in the band of its seeds, with its end marked."""
+    if not np.array_equal(line.low, line.high):
         band = {"color": look["color"], "alpha": 0.16, "lw": 0}
         band |= {"step": "pre"} if "drawstyle" in look else {}
-        axis.fill_between(x, ys.min(axis=0), ys.max(axis=0), zorder=2, **band)
-    axis.plot(x, y, **look)
-    axis.plot(x[-1:], y[-1:], "o", color=look["color"], ms=4, zorder=look["zorder"])
+        axis.fill_between(line.x, line.low, line.high, zorder=2, **band)
+    axis.plot(line.x, line.y, **look)
+    axis.plot(line.x[-1:], line.y[-1:], "o", color=look["color"], ms=4, zorder=look["zorder"])
 
 
 def _dress(axis: Any, x_name: str, y_name: str) -> None:

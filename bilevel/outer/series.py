@@ -1,7 +1,7 @@
 """Series: what a chart draws of a history, one number an epoch."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -17,6 +17,34 @@ Runs: TypeAlias = Mapping[str, Sequence[Run]]
 
 REFERENCE = "full"
 """The policy that others save against."""
+
+
+class Curve(NamedTuple):
+    """One line: the median of the seeds, from the lowest to the highest of them.
+
+    - `x`, `y`: where it goes, finite.
+    - `low`, `high`: of the seeds; equal to `y` for one.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def curve(runs: Sequence[Run], x: Series, y: Series) -> Curve | None:
+    """The line of one policy, as long as the shortest of its runs; `None` without a point."""
+    lines: list[tuple[np.ndarray, np.ndarray]] = []
+    for run in runs:
+        right, up = x(run.history), y(run.history)
+        usable = np.isfinite(right) & np.isfinite(up)
+        if usable.any():
+            lines.append((right[usable], up[usable]))
+    if not lines:
+        return None
+    length = min(len(right) for right, _ in lines)
+    xs, ys = (np.array([line[side][:length] for line in lines]) for side in (0, 1))
+    return Curve(np.median(xs, axis=0), np.median(ys, axis=0), ys.min(axis=0), ys.max(axis=0))
 
 
 def column(name: str) -> Series:
@@ -84,6 +112,16 @@ def finest_work(history: History) -> np.ndarray:
     finest = usable & (caps == caps[usable].max())
     finest &= tolerances == tolerances[finest].min()
     return np.where(usable, np.median(taken[finest]), np.nan)
+
+
+def reference(runs: Runs) -> Curve | None:
+    """Iterations of an outer step that savings are measured from.
+
+    Those of `full`; for one policy alone, those of its own finest budget.
+    """
+    if len(runs) == 1:
+        return curve(next(iter(runs.values())), epochs, finest_work)
+    return curve(runs.get(REFERENCE, []), epochs, work_of_step)
 
 
 def saved_shares(runs: Runs) -> dict[str, float]:
