@@ -37,7 +37,7 @@ def looks(names: Sequence[str]) -> Mapping[str, dict[str, Any]]:
         colour = _COLOURS.get(re.split("[=,]", name)[0])
         if colour is None:
             # A checksum, for Python's own hash differs from process to process.
-            first = zlib.crc32(name.encode()) % len(_OTHERS)
+            first = zlib.crc32(name.encode(errors="replace")) % len(_OTHERS)
             turned = _OTHERS[first:] + _OTHERS[:first]
             colour = next((other for other in turned if other not in taken), turned[0])
             taken.add(colour)

@@ -17,7 +17,7 @@ def on_page(colour: str, page: str) -> str:
     - `page`: `LIGHT` or `DARK`.
 
     >>> on_page("#0072B2", LIGHT), on_page("#000000", DARK)
-    ('#0072b2', '#878787')
+    ('#0072b2', '#8a8a8a')
     """
     towards = 0.0 if _luminance(_channels(page)) > 0.2 else 1.0
     for step in itertools.count():

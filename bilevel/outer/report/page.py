@@ -103,10 +103,10 @@ def render(sections: Sequence[Section]) -> str:
         sections=list(zip(sections, charts, strict=True)),
         title=", ".join(dict.fromkeys(names)),
         version=versions().get("bilevel", ""),
-        script=jinja2.utils.markupsafe.Markup(script),
-        style=jinja2.utils.markupsafe.Markup(style),
+        script=script,
+        style=style,
         security=policy,
-        data=jinja2.utils.markupsafe.Markup(_embedded(_data(sections, charts))),
+        data=_embedded(_data(sections, charts)),
     )
 
 

@@ -28,38 +28,35 @@ def read_sections(paths: Sequence[Path]) -> list[Section]:
 
     **Raises:** `FileNotFoundError` or `ValueError` naming what is wrong where, in one line.
     """
-    sections: list[Section] = []
+    found: dict[object, Section] = {}
     singles: dict[tuple[str, str], list[tuple[Path, Run]]] = {}
     for path in paths:
         try:
-            _read(path, sections, singles)
+            directory, history = _located(path)
+            if history is None and (directory / COMPARISON_FILE).is_file():
+                found[len(found)] = _comparison(directory)
+                continue
+            run = _run(directory, history)
         except RecursionError as error:
             msg = f"{path}: its JSON is nested too deeply."
             raise ValueError(msg) from error
-    for (task, metric_name), group in singles.items():
-        named = dict(_named(group))
-        section = section_of(named, task, metric_name, None)
-        configurations = {
-            str(place): found for place, _ in group if (found := _configuration(place))
-        }
-        sections.append(dataclasses.replace(section, configurations=configurations))
-    return sections
+        key = run.summary.task, run.summary.metric_name
+        singles.setdefault(key, []).append((directory, run))
+        found[key] = _together(key, singles[key])
+    return list(found.values())
 
 
-def _read(
-    path: Path,
-    sections: list[Section],
-    singles: dict[tuple[str, str], list[tuple[Path, Run]]],
-) -> None:
-    directory, history = _located(path)
-    if history is None and (directory / COMPARISON_FILE).is_file():
-        comparison = _checked_comparison(Comparison.read(directory), directory / COMPARISON_FILE)
-        found = _configuration(directory)
-        sections.append(Section(comparison, {str(directory): found} if found else {}))
-        return
-    run = _run(directory, history)
-    key = run.summary.task, run.summary.metric_name
-    singles.setdefault(key, []).append((directory, run))
+def _comparison(directory: Path) -> Section:
+    comparison = _checked(Comparison.read(directory), directory / COMPARISON_FILE)
+    kept = _configuration(directory)
+    return Section(comparison, {str(directory): kept} if kept else {})
+
+
+def _together(key: tuple[str, str], group: Sequence[tuple[Path, Run]]) -> Section:
+    """Runs of one task."""
+    section = section_of(dict(_named(group)), *key, None)
+    kept = {str(place): found for place, _ in group if (found := _configuration(place))}
+    return dataclasses.replace(section, configurations=kept)
 
 
 def _located(path: Path) -> tuple[Path, Path | None]:
@@ -174,7 +171,7 @@ def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
         yield prefix, value if isinstance(value, str) else json.dumps(value)
 
 
-def _checked_comparison(comparison: Comparison, path: Path) -> Comparison:
+def _checked(comparison: Comparison, path: Path) -> Comparison:
     """**Raises:** `ValueError` where a field is of a wrong type."""
     numbers = (comparison.margin, 0.0 if comparison.target is None else comparison.target)
     words = (comparison.task, comparison.metric_name, *comparison.runs)
