@@ -139,8 +139,8 @@ def above_best(history: History) -> Finding | None:
     return Finding(
         Kind.WORSE,
         Weight.ADVICE,
-        f"The metric ended {100 * rise:.3g} % above its best, {text.number(best)} in epoch "
-        f"{place}, in all of the last {length} epochs.",
+        f"The metric ended above its best, {text.number(best)} in epoch {place}: in the last "
+        f"{length} epochs it was {text.number(end)} or more.",
         "Take a smaller step towards the end, or the parameters of the best epoch (a checkpoint "
         "keeps them).",
     )

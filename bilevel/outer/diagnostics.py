@@ -78,7 +78,8 @@ def diagnose_seeds(runs: Sequence[Run]) -> list[Finding]:
         each[0]
         if len(runs) == 1
         else dataclasses.replace(
-            each[0], what=f"In {len(each)} of {len(runs)} seeds, such as this: {each[0].what}"
+            each[0],
+            what=f"{each[0].what} ({len(each)} of {len(runs)} seeds; numbers of the first.)",
         )
         for each in found.values()
     ]
@@ -188,7 +189,7 @@ def _cap(history: History, side: str, kind: Kind) -> Finding | None:
             f"Raise the {side}'s iterations, precondition it, or loosen its tolerance.",
         )
     error, norm = history.column(f"{side}_error"), history.column("gradient_norm")
-    judged = (capped > 0) & ~asked & np.isfinite(error) & (norm > 0)
+    judged = (capped > 0) & ~asked & np.isfinite(error) & (norm > 0) & ~_drowned(history)
     short = judged & (error > SMALL * norm)
     if not judged.any() or short.sum() <= CAPPED * judged.sum():
         return None
@@ -246,11 +247,17 @@ def _error(history: History) -> Finding | None:
     )
 
 
+def _drowned(history: History) -> np.ndarray:
+    """Where the noise is above the error, so that a finer solve would not be seen."""
+    noise, error = history.column("gradient_noise"), history.column("error")
+    return np.isfinite(noise) & (noise > error)
+
+
 def _lopsided(history: History) -> Finding | None:
     primal, adjoint = history.column("primal_error"), history.column("adjoint_error")
     norm = history.column("gradient_norm")
     usable = (primal > 0) & (adjoint > 0) & (norm > 0)
-    usable &= np.isfinite(primal) & np.isfinite(adjoint)
+    usable &= np.isfinite(primal) & np.isfinite(adjoint) & ~_drowned(history)
     if not usable.any():
         return None
     ratio = float(np.median(primal[usable] / adjoint[usable]))

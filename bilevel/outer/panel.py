@@ -8,7 +8,6 @@ import numpy as np
 from bilevel.outer.look import faded
 from bilevel.outer.run import Run
 from bilevel.outer.series import (
-    REFERENCE,
     Curve,
     Runs,
     Series,
@@ -16,6 +15,7 @@ from bilevel.outer.series import (
     curve,
     epochs,
     reference,
+    saved_shares,
     work,
     work_of_step,
 )
@@ -125,10 +125,10 @@ class Savings:
 
     def draw(self, axis: Any, looks: Looks) -> None:
         """Draw it."""
-        limit = reference(self.runs)
+        limit, shares = reference(self.runs), saved_shares(self.runs)
         alone = len(self.runs) == 1
         # Areas that lie over each other must not add up to a colour of none of them.
-        alpha = max(0.2 / max(len(self.runs) - 1, 1), 0.06)
+        alpha = max(0.2 / max(len(shares), 1), 0.06)
         top = 0.0
         for name, group in self.runs.items():
             line = curve(group, epochs, work_of_step)
@@ -137,7 +137,7 @@ class Savings:
             look = dict(looks[name]) | {"drawstyle": "steps-pre", "linestyle": SOLID}
             _draw(axis, line, look)
             top = max(top, float(line.high.max()))
-            if limit is None or (name == REFERENCE and not alone):
+            if limit is None or name not in shares:
                 continue
             length = min(len(line.x), len(limit.x))
             x, y, full = line.x[:length], line.y[:length], limit.y[:length]

@@ -134,7 +134,7 @@ def _quality(runs: Runs) -> list[_Drawn]:
     """How accurate the solves and the gradient were, and what less accuracy saved."""
     steps = series.steps_name(runs)
     panels: list[_Drawn] = []
-    primal, adjoint = series.column("primal_residual"), series.column("adjoint_residual")
+    primal, adjoint = series.primal_residual, series.adjoint_residual
     if series.known(runs, primal) or series.known(runs, adjoint):
         sides = [Side(primal, SOLID), Side(adjoint, DASHED)]
         name = "relative residual: primal, adjoint (dashed)"

@@ -82,6 +82,16 @@ def adjoint_allowed(history: History) -> np.ndarray:
     return _capped(history.column("adjoint_budget_iterations"))
 
 
+def primal_residual(history: History) -> np.ndarray:
+    """The relative residual that primal solves stopped at."""
+    return _positive(history.column("primal_residual"))
+
+
+def adjoint_residual(history: History) -> np.ndarray:
+    """The relative residual that adjoint solves stopped at."""
+    return _positive(history.column("adjoint_residual"))
+
+
 def work_of_step(history: History) -> np.ndarray:
     """Primal and adjoint iterations of an outer step, mean over the epoch's."""
     steps = history.column("updates") + history.column("nonfinite")
@@ -157,13 +167,8 @@ def apart(runs: Sequence[Run], primal: Series, adjoint: Series) -> bool:
 
 
 def known(runs: Runs, series: Series) -> bool:
-    """Whether some run has a finite number of it other than zero."""
-    return any(
-        bool((np.isfinite(numbers) & (numbers != 0)).any())
-        for group in runs.values()
-        for run in group
-        for numbers in (series(run.history),)
-    )
+    """Whether some run has a finite number of it."""
+    return any(np.isfinite(series(run.history)).any() for group in runs.values() for run in group)
 
 
 def steps_name(runs: Runs) -> str:
@@ -193,6 +198,11 @@ def budget_kinds(runs: Runs) -> tuple[Runs, Runs]:
         if caps and not (moving and len(caps) == 1):
             by_cap[name] = group
     return by_cap, by_tolerance
+
+
+def _positive(values: np.ndarray) -> np.ndarray:
+    """An exact solve has no place on a logarithmic axis."""
+    return np.where(values > 0, values, np.nan)
 
 
 def _capped(caps: np.ndarray) -> np.ndarray:

@@ -45,7 +45,8 @@ class Chart:
     - `title`: above it.
     - `x_name`, `y_name`: what is to the right, and up.
     - `lines`: what is drawn.
-    - `caption`: what it shows, in words and numbers.
+    - `caption`: what it shows, in words.
+    - `points`: and in numbers, a policy or line each.
     - `held`: whether a number holds from the epoch before to its own.
     - `mark`: a height to be marked.
     - `from_zero`: whether heights are seen in proportion.
@@ -59,6 +60,7 @@ class Chart:
     y_name: str
     lines: Sequence[Line]
     caption: str
+    points: Sequence[str] = ()
     held: bool = False
     mark: float | None = None
     from_zero: bool = False

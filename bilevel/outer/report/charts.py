@@ -1,6 +1,6 @@
 """Charts: those that there is something to draw for."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -45,15 +45,20 @@ def _metric(runs: Runs, metric_name: str, target: float | None) -> list[Chart | 
     metric = series.column("metric")
     goal = "" if target is None else f" The dotted line is the target, {text.number(target)}."
 
+    unit = _unit(steps)
+
     def chart(
-        key: str, title: str, x_name: str, x: Series, told: Callable[[Line], str]
+        key: str, title: str, x_name: str, x: Series, intro: str, told: Callable[[Line], str]
     ) -> Chart | None:
         lines = _lines(runs, [("", x, metric, PRIMAL_STYLE)])
         if not lines:
             return None
-        caption = f"{_joined(told(line) for line in lines)}.{_seeds(runs)}{goal}"
+        caption = f"{intro}{_seeds(runs)}{goal}"
+        points = [told(line) for line in lines]
         decades = key == "work"
-        return Chart(key, title, x_name, metric_name, lines, caption, mark=target, decades=decades)
+        return Chart(
+            key, title, x_name, metric_name, lines, caption, points, mark=target, decades=decades
+        )
 
     def spent(unit: str, form: text.Form) -> Callable[[Line], str]:
         return lambda line: (
@@ -64,16 +69,18 @@ def _metric(runs: Runs, metric_name: str, target: float | None) -> list[Chart | 
     return [
         chart(
             "metric",
-            f"{metric_name} over {steps.partition(' ')[0]}s",
+            f"{metric_name} over {unit}s",
             steps,
             series.epochs,
-            lambda line: f"{line.name}{_fate(runs, line.policy)}: {_course(line.curve, steps)}",
+            f"The metric after each {unit}.",
+            lambda line: f"{line.name}{_fate(runs, line.policy)}: {_course(line.curve, unit)}",
         ),
         chart(
             "work",
             f"Work and accuracy: {metric_name} over iterations",
             "Σ primal and adjoint iterations",
             series.work,
+            "The metric against what it took to get there: further to the left is cheaper.",
             spent("iterations", text.count),
         )
         if series.known(runs, series.work)
@@ -83,6 +90,7 @@ def _metric(runs: Runs, metric_name: str, target: float | None) -> list[Chart | 
             f"{metric_name} over wall time",
             "wall time without compilation, s",
             series.seconds,
+            "The metric against time: further to the left is faster.",
             spent("seconds", text.seconds),
         ),
     ]
@@ -107,17 +115,27 @@ def _budgets(runs: Runs) -> list[Chart | None]:
             lines += _lines({name: group}, sides, alone=len(runs) == 1)
         if lines:
             form = text.count if key == "budget" else text.number
-            told = (f"{line.name}: {_path(line.curve, form)}" for line in lines)
-            caption = f"Allowed in a solve ({unit}): {_joined(told)}.{_seeds(runs)}"
+            points = [f"{line.name}: {_path(line.curve, form)}" for line in lines]
+            caption = f"What the controller allowed a solve.{_seeds(runs)}"
             title = f"Budget: {unit} {'allowed in' if key == 'budget' else 'of'} a solve"
             found.append(
-                Chart(key, title, steps, unit, lines, caption, held=True, whole=key == "budget")
+                Chart(
+                    key,
+                    title,
+                    steps,
+                    unit,
+                    lines,
+                    caption,
+                    points,
+                    held=True,
+                    whole=key == "budget",
+                )
             )
     return found
 
 
 def _residuals(runs: Runs) -> Chart | None:
-    primal, adjoint = series.column("primal_residual"), series.column("adjoint_residual")
+    primal, adjoint = series.primal_residual, series.adjoint_residual
     if not (series.known(runs, primal) or series.known(runs, adjoint)):
         return None
     sides = [
@@ -125,25 +143,25 @@ def _residuals(runs: Runs) -> Chart | None:
         ("adjoint", series.epochs, adjoint, ADJOINT_STYLE),
     ]
     lines = _lines(runs, sides)
-    told = (f"{line.name}: {_course(line.curve, '')}" for line in lines)
+    points = [f"{line.name}: {_course(line.curve, '')}" for line in lines]
     caption = (
         "Residual norms that solves stopped at, each relative to its own right-hand side or start, "
-        f"mean over an epoch. {_joined(told)}.{_seeds(runs)}"
+        f"mean over an epoch.{_seeds(runs)}"
     )
-    steps = series.steps_name(runs)
-    return Chart("residual", "Residuals of the solves", steps, "relative residual", lines, caption)
+    steps, title = series.steps_name(runs), "Residuals of the solves"
+    return Chart("residual", title, steps, "relative residual", lines, caption, points)
 
 
 def _gradient(runs: Runs) -> Chart | None:
     if not (series.known(runs, series.error_share) or series.known(runs, series.noise_share)):
         return None
     steps = series.steps_name(runs)
-    told = [
+    points = [
         f"{name}: {'; '.join(parts)}"
         for name, group in runs.items()
         if (parts := [part for part in map(_share, *_shares(group)) if part])
     ]
-    caption = f"{' '.join(f'{each}.' for each in told)}{_seeds(runs)}"
+    caption = f"How far the gradient can be trusted.{_seeds(runs)}"
     if len(runs) == 1:
         sides = [
             ("norm", series.epochs, series.column("gradient_norm"), PRIMAL_STYLE),
@@ -165,7 +183,7 @@ def _gradient(runs: Runs) -> Chart | None:
     title = (
         f"The gradient's norm, {what}" if len(runs) == 1 else f"The gradient's {what} over its norm"
     )
-    return Chart("gradient", title, steps, unit, lines, caption, mark=mark)
+    return Chart("gradient", title, steps, unit, lines, caption, points, mark=mark)
 
 
 def _shares(group: Sequence[Run]) -> tuple[list[str], list[np.ndarray]]:
@@ -194,28 +212,30 @@ def _savings(runs: Runs) -> Chart | None:
         found = curve(group, series.epochs, series.work_of_step)
         if found is None:
             continue
-        if limit is None or (name == REFERENCE and not alone):
+        if limit is not None and name in shares:
+            lines.append(Line(name, name, _up_to(found, limit), area=True))
+        else:
             lines.append(Line(name, name, found))
-            continue
-        lines.append(Line(name, name, _up_to(found, limit), area=True))
     if not lines:
         return None
     if limit is not None and alone:
         lines.append(Line("its finest budget throughout", "", limit, LIMIT_STYLE))
-    each = _joined(f"{name} {100 * share:.0f} %" for name, share in shares.items())
+    points = [f"{name}: {100 * share:.0f} % saved" for name, share in shares.items()]
     against = "its own finest budget held throughout" if alone else REFERENCE
     caption = "Primal and adjoint iterations of an outer step, mean over an epoch. " + (
-        f"The area is what was not spent, against {against}: {each}."
-        if each
+        f"The area is what was not spent, against {against}."
+        if points
         else "No policy took fewer than the one it is measured against."
         if limit is not None
         else f"Without a run of {REFERENCE} there is nothing to measure savings by."
     )
-    if each and not alone:
+    if points and not alone:
         caption += " It says nothing of the metric that was reached: see work and accuracy."
     steps = series.steps_name(runs)
     title = "What was saved: iterations of an outer step"
-    return Chart("savings", title, steps, "iterations", lines, caption, held=True, from_zero=True)
+    return Chart(
+        "savings", title, steps, "iterations", lines, caption, points, held=True, from_zero=True
+    )
 
 
 def _up_to(found: Curve, limit: Curve) -> Curve:
@@ -241,15 +261,20 @@ def _lines(runs: Runs, sides: Sides, *, alone: bool | None = None) -> list[Line]
     return lines
 
 
-def _course(found: Curve, steps: str) -> str:
+def _course(found: Curve, unit: str) -> str:
     """Where a line began and ended, and its lowest point where that is neither."""
     first, last = found.y[0], found.y[-1]
     words = f"from {text.number(first)} to {text.number(last)}"
     lowest = int(found.y.argmin())
     if found.y[lowest] < min(first, last):
-        where = f" in {steps.partition(' ')[0]} {text.count(found.x[lowest])}" if steps else ""
+        where = f" in {unit} {text.count(found.x[lowest])}" if unit else ""
         words += f", lowest {text.number(found.y[lowest])}{where}"
     return words
+
+
+def _unit(steps: str) -> str:
+    """What one of the epochs is called."""
+    return steps.partition(" (")[0]
 
 
 def _path(found: Curve, form: text.Form) -> str:
@@ -274,7 +299,3 @@ def _seeds(runs: Runs) -> str:
     if most < 2:
         return ""
     return f" Lines are medians of {most} seeds, in bands from the lowest to the highest."
-
-
-def _joined(parts: Iterable[str]) -> str:
-    return "; ".join(parts)

@@ -9,7 +9,7 @@
     const size = Math.abs(value);
     if (size >= 1e6 || (size > 0 && size < 1e-3)) return value.toExponential(size >= 1e6 ? 2 : 3).replace(/\.?0+e/, "e");
     if (Number.isInteger(value)) return value.toLocaleString("en");
-    return String(Number(value.toPrecision(4)));
+    return value.toLocaleString("en", { maximumSignificantDigits: 4 });
   };
 
   const element = (name, attributes = {}, ...children) => {
@@ -199,7 +199,8 @@
             ...shown,
             label: line.name,
             stroke: colour,
-            width: 2,
+            // Of lines that coincide, the one below shows at both sides of the one above.
+            width: Math.max(3.2 - 0.4 * Math.max(line.slot, 0), 1.6),
             dash: line.dashes.length ? line.dashes : undefined,
             points: { show: single, size: 7, fill: colour },
             paths,
