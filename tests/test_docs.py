@@ -50,6 +50,7 @@ def same(printed: str, promised: str) -> None:
     [
         "custom.md",
         "tasks.md",
+        "report.md",
         "search.md",
         pytest.param("pde.md", marks=pytest.mark.slow),
         pytest.param("solvers.md", marks=pytest.mark.slow),
@@ -92,7 +93,8 @@ def test_the_task_file_of_the_page_is_run_by_the_command_line(
     with jax.enable_x64(False):
         for words in lines:
             assert words[0] == "bilevel"
-            assert main([*words[1:], "--quiet"] if words[1] != "plot" else words[1:]) == 0
+            quiet = ["--quiet"] if words[1] in ("run", "compare") else []
+            assert main([*words[1:], *quiet]) == 0
     assert "whole runs" in capsys.readouterr().out
     assert list(files) == ["penalties.py", "penalties.toml"]
     assert "task" in runpy.run_path("penalties.py")

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from rich.text import Text
+
 from bilevel.cli.configuration import configure
 from bilevel.cli.failure import DONE, FAILED, UsageError
 from bilevel.cli.output import put, say
@@ -19,10 +21,12 @@ from bilevel.cli.training import (
 from bilevel.outer.archive import ResumeError
 from bilevel.outer.assignment import controller_for, default_policy
 from bilevel.outer.checkpoints.store import has_checkpoints
+from bilevel.outer.diagnostics import diagnose
+from bilevel.outer.finding import Weight
 from bilevel.outer.optimize import NonFiniteError, optimize
 from bilevel.outer.policy import parse_policy
 from bilevel.outer.run import INTERRUPTED as STATUS_INTERRUPTED
-from bilevel.outer.run import holds_run
+from bilevel.outer.run import Run, holds_run
 
 
 def run(options: argparse.Namespace) -> int:
@@ -66,7 +70,10 @@ def run(options: argparse.Namespace) -> int:
         if options.quiet:  # else the progress has said it
             say(str(error))
         return FAILED
-    put(outcome.summary.to_json()) if options.json else console().print(outcome.table())
+    if options.json:
+        put(outcome.summary.to_json())
+    else:
+        console().print(outcome.table(), *_advice(outcome))
     report(file, task, [outcome], directory)
     if outcome.status == STATUS_INTERRUPTED:
         kept = "" if directory is None else f"; what was done so far is in {directory}"
@@ -74,6 +81,16 @@ def run(options: argparse.Namespace) -> int:
             say(f"{outcome.summary.message}{kept}")
         return leaving.code
     return DONE
+
+
+def _advice(outcome: Run) -> list[Text]:
+    """What the history says that would change something, a line each."""
+    found = diagnose(outcome.history, outcome.summary)
+    return [
+        Text(f"{each.weight.name.lower()}: {each}")
+        for each in found
+        if each.weight is not Weight.NOTE
+    ]
 
 
 def _check_options(options: argparse.Namespace) -> None:

@@ -224,6 +224,15 @@ def test_plot_draws_runs_and_comparisons(write: Write, invoke: Invoke, tmp_path:
     assert "<svg" in (tmp_path / "x.svg").read_text()
 
 
+def test_a_run_ends_with_its_findings(write: Write, invoke: Invoke):
+    text = TASK.replace("epochs=3", "epochs=30").replace("optax.sgd(0.3)", "optax.sgd(0.05)")
+    code, out, _ = invoke("run", write(text), "--quiet", "--discard")
+    assert code == 0
+    assert "advice: The metric never reached a plateau: it still fell by" in out
+    code, out, _ = invoke("run", write(text), "--quiet", "--discard", "--json")
+    assert json.loads(out)["status"] == "completed"
+
+
 def test_info_tells_versions_devices_adapters_and_extras(invoke: Invoke):
     code, out, _ = invoke("info", "--json")
     assert code == 0
@@ -351,6 +360,13 @@ TASKS = SEVERAL + "first = t.Task(1.0, loss)\nsecond = t.Task(1.0, loss)\nnumber
         (["plot", "problem.py"], "there is no directory problem.py"),
         (["plot", "."], "holds neither a run nor a comparison"),
         (["plot", ".", "--output", "a.gif"], "the ending should be one of .png, .pdf, .svg"),
+        (["report"], "required: RUN"),
+        (["report", "nowhere"], "there is no nowhere"),
+        (["report", "."], "holds neither a run nor a comparison"),
+        (["report", "problem.py"], "problem.py is neither the directory of a run or comparison"),
+        (["report", ".", "--output", "a.pdf"], "the ending should be .html"),
+        (["report", ".", "--text", "--output", "a.html"], "give one of them"),
+        (["report", ".", "--txet"], "no option --txet; did you mean --text?"),
     ],
 )
 def test_misuse_is_one_clear_line_and_exit_2(

@@ -108,8 +108,14 @@ class Section:
                 words=True,
             ),
         ]
-        empty = [column for column in columns if set(column.cells) == {text.NOTHING}]
-        return Sheet("Every run", [column for column in columns if column not in empty])
+        known = [column for column in columns if set(column.cells) != {text.NOTHING}]
+        if len(pairs) > 1:
+            return Sheet("Every run", known)
+        # One row would be wider than a telephone, and compare nothing.
+        names, values = [column.name for column in known], [column.cells[0] for column in known]
+        return Sheet(
+            "The run", [Column("number", names, words=True), Column("value", values, words=True)]
+        )
 
     @property
     def facts(self) -> list[tuple[str, str]]:
