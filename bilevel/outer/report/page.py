@@ -97,7 +97,10 @@ def render(sections: Sequence[Section]) -> str:
     # no other, whatever a run is called.
     script = f"{_asset('uplot/uPlot.iife.min.js')}\n{_asset('page.js')}"
     style = f"{_asset('uplot/uPlot.min.css')}\n{_asset('page.css')}"
-    policy = f"default-src 'none'; script-src {_digest(script)}; style-src {_digest(style)}"
+    policy = (
+        f"default-src 'none'; script-src {_digest(script)}; style-src {_digest(style)}; "
+        "base-uri 'none'; form-action 'none'"
+    )
     names = [section.title for section in sections]
     return environment.from_string(_asset("page.html")).render(
         sections=list(zip(sections, charts, strict=True)),
