@@ -153,6 +153,12 @@ def test_a_metric_that_still_falls_is_told_by_how_much():
     assert found(Kind.SLOPE, history(30, metric=1.0)) is None
 
 
+@pytest.mark.parametrize(("fall", "told"), [(0.03, True), (0.01, False)])
+def test_two_percent_between_two_fifths_are_a_plateau(fall: float, told: bool):
+    metric = [*[1.0] * 24, *[1.0 - fall] * 6]
+    assert (found(Kind.SLOPE, history(30, metric=metric)) is not None) is told
+
+
 def test_a_metric_below_zero_falls_too():
     assert found(Kind.SLOPE, history(30, metric=np.linspace(-1, -9, 30).tolist())) is not None
     assert found(Kind.SLOPE, history(30, metric=np.linspace(-9, -1, 30).tolist())) is None
@@ -174,6 +180,9 @@ def test_a_budget_at_its_largest_without_gain_is_told():
     text = what(Kind.TOP, records)
     assert "for the last 21 epochs, which took 69 % of all iterations" in text
     assert found(Kind.PLATEAU, records) is None
+    # At the largest long before the metric came to rest: only the rest is wasted.
+    early = history(40, metric=metric, budget_iterations=[1, 2, *[20] * 38])
+    assert "for the last 30 epochs, which took 75 %" in what(Kind.TOP, early)
     gaining = history(40, metric=np.geomspace(1, 1e-3, 40).tolist(), budget_iterations=caps)
     assert found(Kind.TOP, gaining) is None
 

@@ -25,6 +25,7 @@ from bilevel.outer.report.section import section_of
 from bilevel.outer.report.source import UNFINISHED, read_sections
 from bilevel.outer.report.thinning import MOST_POINTS, thinned
 from bilevel.outer.run import Run
+from bilevel.outer.series import work_of_step
 
 MadeRun = Callable[..., Run]
 
@@ -125,6 +126,8 @@ def test_whatever_a_run_is_called_is_text(made_run: MadeRun, tmp_path: Path, att
     page = page_of({attack: [run]}, tmp_path, title=attack, metric_name=attack)
     assert len(page.scripts) == len(plain.scripts)
     assert page.scripts[1] == plain.scripts[1]
+    # No reader of HTML, however old, sees a tag or a comment begin here.
+    assert not set("<>&") & set(page.scripts[0])
     allowed = {tag for tag, _ in plain.tags}
     assert {tag for tag, _ in page.tags} <= allowed
     shown = attack.encode(errors="replace").decode()
@@ -212,6 +215,30 @@ def test_a_policy_that_takes_more_than_full_has_no_area_below_it(made_run: MadeR
     assert [line.area for line in savings.lines] == [False, False]
     assert list(savings.lines[1].curve.y) == [50, 50]
     assert "No policy took fewer" in savings.caption
+
+
+def test_the_area_ends_where_a_policy_takes_more_than_full(made_run: MadeRun):
+    def spent(*works: int) -> Run:
+        return made_run(
+            *(
+                record(k, primal_iterations=work, adjoint_iterations=0)
+                for k, work in enumerate(works, start=1)
+            )
+        )
+
+    charts = charts_of({"full": [spent(40, 40)], "auto": [spent(10, 50)]}, "error", None)
+    (savings,) = [chart for chart in charts if chart.key == "savings"]
+    auto = savings.lines[1].curve
+    assert (list(auto.low), list(auto.high)) == ([10, 50], [40, 50])
+    assert savings.points == ["auto: 25 % saved"]
+    # To give up early is no saving.
+    charts = charts_of({"full": [spent(40, 40)], "auto": [spent(10)]}, "error", None)
+    assert "No policy took fewer" in charts[-1].caption
+
+
+def test_skipped_updates_count_as_steps(made_run: MadeRun):
+    skipping = record(1, primal_iterations=60, adjoint_iterations=0, updates=2, nonfinite=1)
+    assert list(work_of_step(made_run(skipping).history)) == [20]
 
 
 def test_numbers_that_json_lacks_are_shown_as_gaps_and_told(made_run: MadeRun, tmp_path: Path):
