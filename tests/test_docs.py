@@ -50,7 +50,7 @@ def same(printed: str, promised: str) -> None:
     [
         "custom.md",
         "tasks.md",
-        "report.md",
+        pytest.param("report.md", marks=pytest.mark.slow),
         "search.md",
         pytest.param("pde.md", marks=pytest.mark.slow),
         pytest.param("solvers.md", marks=pytest.mark.slow),

@@ -71,7 +71,7 @@ def still_falling(history: History) -> Finding | None:
         Kind.SLOPE,
         Weight.ADVICE,
         f"The metric never reached a plateau: it still fell by {100 * fall:.3g} % over the last "
-        f"{length} epochs against the {length} before (medians).",
+        f"{length:,} epochs against the {length:,} before (medians).",
         "Train longer, or with a larger step.",
     )
 
@@ -96,7 +96,7 @@ def standstill(history: History) -> Finding | None:
             return Finding(
                 Kind.TOP,
                 Weight.ADVICE,
-                f"The budget stood at its largest for the last {len(history) - start} epochs, "
+                f"The budget stood at its largest for the last {len(history) - start:,} epochs, "
                 f"which took {100 * spent:.0f} % of all iterations, while the metric gained "
                 f"{what}.",
                 "End the ladder sooner, or stop there (bl.Patience, bl.Target).",
@@ -106,7 +106,7 @@ def standstill(history: History) -> Finding | None:
     return Finding(
         Kind.PLATEAU,
         Weight.ADVICE,
-        f"The metric stood still from epoch {history[int(arrived)].epoch} on: the {after} epochs "
+        f"The metric stood still from epoch {history[int(arrived)].epoch} on: the {after:,} epochs "
         f"after it gained {what} and took {100 * share:.0f} % of all "
         f"{'iterations' if work.sum() > 0 else 'epochs'}.",
         "Stop there (bl.Patience, bl.Target), or make the step smaller if it should go lower.",
@@ -140,7 +140,7 @@ def above_best(history: History) -> Finding | None:
         Kind.WORSE,
         Weight.ADVICE,
         f"The metric ended above its best, {text.number(best)} in epoch {place}: in the last "
-        f"{length} epochs it was {text.number(end)} or more.",
+        f"{length:,} epochs it was {text.number(end)} or more.",
         "Take a smaller step towards the end, or the parameters of the best epoch (a checkpoint "
         "keeps them).",
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from bilevel.outer import course, text
-from bilevel.outer.finding import Finding, Kind, Weight, count_of, part_of, places
+from bilevel.outer.finding import Finding, Kind, Weight, count_of, part_of, places, times
 from bilevel.outer.history import History
 from bilevel.outer.run import COMPLETED, FAILED, INTERRUPTED, NONFINITE, Run, Summary
 
@@ -226,7 +226,7 @@ def _missed(history: History, side: str, kind: Kind) -> Finding | None:
     return Finding(
         kind,
         Weight.ADVICE,
-        f"{name} mean residual was up to {worst:.3g} times its tolerance, though no solve stopped "
+        f"{name} mean residual was up to {times(worst)} its tolerance, though no solve stopped "
         f"at its cap, in {places(history, beyond)}.",
         "Rounding stops it there: loosen the tolerance, or use double precision.",
     )
@@ -263,13 +263,13 @@ def _lopsided(history: History) -> Finding | None:
     ratio = float(np.median(primal[usable] / adjoint[usable]))
     larger, smaller = ("primal", "adjoint") if ratio > 1 else ("adjoint", "primal")
     worst = np.maximum(primal, adjoint)
-    times = max(ratio, 1 / ratio)
-    if times < LOPSIDED or np.median(worst[usable] / norm[usable]) < SMALL:
+    factor = max(ratio, 1 / ratio)
+    if factor < LOPSIDED or np.median(worst[usable] / norm[usable]) < SMALL:
         return None
     return Finding(
         Kind.LOPSIDED,
         Weight.ADVICE,
-        f"The {larger} solve's part of the gradient's error is {times:.3g} times the {smaller}'s "
+        f"The {larger} solve's part of the gradient's error is {times(factor)} the {smaller}'s "
         "(median over the epochs).",
         f"Iterations are better spent on the {larger} solve.",
     )
@@ -284,8 +284,8 @@ def _noise(history: History) -> Finding | None:
         if above.sum() <= both.sum() / 2:
             return None
         ratios = noise[above] / np.maximum(error[above], np.finfo(float).tiny)
-        times = float(np.median(ratios))
-        how = f", {times:.3g} times as large in the median," if times < 1e6 else ""
+        factor = float(np.median(ratios))
+        how = f", {times(factor)} as large in the median," if factor < 1e6 else ""
         return Finding(
             Kind.NOISE,
             Weight.ADVICE,

@@ -78,6 +78,15 @@ def count_of(count: float, name: str) -> str:
     return f"{count:,.0f} {name}" if count == 1 else f"{count:,.0f} {name}s"
 
 
+def times(ratio: float) -> str:
+    """How many times as large something is.
+
+    >>> times(3.1416), times(1_234_567.0)
+    ('3.14 times', '1,234,567 times')
+    """
+    return f"{ratio:,.0f} times" if 1000 <= ratio < 1e7 else f"{ratio:.3g} times"
+
+
 def part_of(part: float, whole: float | None, name: str) -> str:
     """A part of so many things; alone where nobody counted them.
 

@@ -173,12 +173,16 @@ def _time_parts(run: Run) -> tuple[float, float, float]:
 
 
 def _folded(panels: Sequence[_Drawn]) -> list[Sequence[_Drawn]]:
-    """In one row, or in several of about the same length, of four at most."""
-    if len(panels) <= 3:
-        return [panels]
-    rows = -(-len(panels) // 4) if len(panels) > 4 else 2
-    each = -(-len(panels) // rows)
-    return [panels[start : start + each] for start in range(0, len(panels), each)]
+    """In rows of about the same length, of three at most: more would be too small to read."""
+    rows = -(-len(panels) // 3)
+    short, longer = divmod(len(panels), rows)
+    folded: list[Sequence[_Drawn]] = []
+    start = 0
+    for row in range(rows):
+        stop = start + short + (row < longer)
+        folded.append(panels[start:stop])
+        start = stop
+    return folded
 
 
 def _placed(figure: Any, rows: Sequence[Sequence[_Drawn]]) -> list[tuple[_Drawn, Any]]:

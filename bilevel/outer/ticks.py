@@ -20,6 +20,7 @@ def scale(
     from matplotlib.ticker import (  # noqa: PLC0415
         FuncFormatter,
         LogFormatterMathtext,
+        LogFormatterSciNotation,
         LogLocator,
         NullLocator,
     )
@@ -38,7 +39,14 @@ def scale(
     else:
         axis.set_major_locator(LogLocator(numticks=7))
     plain = low >= 1e-2 and high < 1e6
-    axis.set_major_formatter(FuncFormatter(_number) if plain else LogFormatterMathtext())
+    if plain:
+        axis.set_major_formatter(FuncFormatter(_number))
+    elif high / low < _DECADE**2:
+        # Left to itself it names powers of ten alone.
+        everywhere = (np.inf, np.inf)
+        axis.set_major_formatter(LogFormatterSciNotation(minor_thresholds=everywhere))
+    else:
+        axis.set_major_formatter(LogFormatterMathtext())
 
 
 def few_ticks(axis: Any, most: int, *, whole: bool = False) -> None:

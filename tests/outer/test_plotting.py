@@ -206,18 +206,20 @@ def test_names_and_panels_do_not_overlap(
         assert not [other for other in boxes[:place] if other is not None and box.overlaps(other)]
 
 
-@pytest.mark.parametrize("high", [1.5, 30.0, 5e3, 1e12])
-def test_ticks_are_few_and_all_of_them_have_a_label(high: float):
+@pytest.mark.parametrize(
+    ("low", "high"), [(1.0, 1.5), (1.0, 30.0), (1.0, 5e3), (1.0, 1e12), (3e-4, 7e-3)]
+)
+def test_ticks_are_few_and_all_of_them_have_a_label(low: float, high: float):
     figure = Figure()
     axis = figure.subplots()
-    axis.plot([0, 1], [1.0, high])
-    scale(axis.set_yscale, axis.yaxis, [np.array([1.0, high])])
+    axis.plot([0, 1], [low, high])
+    scale(axis.set_yscale, axis.yaxis, [np.array([low, high])])
     figure.draw_without_rendering()
-    low, top = axis.get_ylim()
-    shown = [tick for tick in axis.get_yticks() if low <= tick <= top]
+    bottom, top = axis.get_ylim()
+    shown = [tick for tick in axis.get_yticks() if bottom <= tick <= top]
     assert 2 <= len(shown) <= 8
     assert all(label.get_text() for label in axis.get_yticklabels())
-    assert not [tick for tick in axis.get_yticks(minor=True) if low <= tick <= top]
+    assert not [tick for tick in axis.get_yticks(minor=True) if bottom <= tick <= top]
 
 
 def quality_record(epoch: int, work: int, **fields: Any) -> Record:

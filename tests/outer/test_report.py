@@ -290,10 +290,17 @@ def test_a_long_history_keeps_its_peaks_and_its_page_small(made_run: MadeRun, tm
 def test_thinned_lines_keep_ends_and_extremes():
     y = np.sin(np.linspace(0, 40, 5_000))
     y[1234], y[4321] = 9.0, -9.0
-    kept = thinned(y, 300)
+    kept = thinned(np.arange(5_000.0), y, 300)
     assert len(kept) <= 302
     assert {0, 1234, 4321, 4999} <= set(kept.tolist())
     assert (np.diff(kept) > 0).all()
+
+
+def test_a_logarithmic_axis_keeps_points_in_every_decade():
+    x = np.arange(1.0, 100_001.0)
+    kept = thinned(np.log(x), np.log(x), 300)
+    counts = [int(((x[kept] >= low) & (x[kept] < 10 * low)).sum()) for low in (10.0, 1e2, 1e3, 1e4)]
+    assert min(counts) > 25
 
 
 @pytest.mark.parametrize("page", [LIGHT, DARK])

@@ -81,12 +81,13 @@ class Chart:
             "mark": self.mark,
             "fromZero": self.from_zero,
             "logarithmic": self._logarithmic,
-            "decades": self.decades and _decades([line.curve.x for line in self.lines]) > 2,
+            "decades": self._wide,
             "lines": [self._line(line, slots) for line in self.lines],
         }
 
     def _line(self, line: Line, slots: dict[str, int]) -> dict[str, Any]:
-        places = thinned(line.curve.y)
+        across = np.log(line.curve.x) if self._wide else line.curve.x
+        places = thinned(across, line.curve.y)
         x, y, low, high = (side[places] for side in line.curve)
         data: dict[str, Any] = {
             "name": line.name,
@@ -98,6 +99,11 @@ class Chart:
         if not np.array_equal(low, high):
             data |= {"low": _written(low), "high": _written(high), "area": line.area}
         return data
+
+    @property
+    def _wide(self) -> bool:
+        """Whether what is to the right is drawn logarithmically."""
+        return self.decades and _decades([line.curve.x for line in self.lines]) > 2
 
     @property
     def _logarithmic(self) -> bool:
