@@ -62,8 +62,8 @@ def parse_policy(written: str) -> Policy:
     **Arguments:**
 
     - `written`: one of `full`, `fixed=K`, `fixed=K:M`, `best-fixed`, `best-fixed=RUNS`,
-        `schedule=linear:STEP`, `schedule=iterations:STEP`, `hoag=exponential|quadratic|cubic`, `prdp`, `error`,
-        `auto`, `task`.
+        `schedule=linear:STEP`, `schedule=iterations:STEP`, `hoag=exponential|quadratic|cubic`,
+        `prdp`, `error`, `auto`, `task`.
 
     **Raises:** `ValueError` in one line, with the nearest known name.
 
