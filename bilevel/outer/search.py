@@ -25,7 +25,7 @@ def cheapest_level(
     where the finest level is known and finer levels are never worse, n trials find the answer
     among 2ⁿ levels. Trials that are left look again below the answer, where a level only just
     missed. Then the answer is judged, and the level below it; if that turns the answer, the
-    search goes on.
+    search goes on, by judging where there are no trials left, as many times again at most.
 
     **Arguments:**
 
@@ -44,6 +44,7 @@ def cheapest_level(
     """
     judged = dict(known or {})
     looked: dict[int, float] = {}
+    closer = 0
     while True:
         excess = looked | judged
         best = min((level for level, by in excess.items() if by <= 0), default=None)
@@ -56,9 +57,16 @@ def cheapest_level(
             return None
         unsure = [best, *_just_below(best, excess)]
         level = next((level for level in unsure if level not in judged), None)
-        if level is None:
+        if level is not None:
+            judged[level] = looked[level] if judge is None else judge(level)
+            closer += 1
+            continue
+        refuted = max((level for level in judged if level < best), default=best)
+        if judge is None or best - refuted < 2 or closer >= trials:
             return best
-        judged[level] = looked[level] if judge is None else judge(level)
+        level = _middle(refuted, best, sizes)
+        judged[level] = judge(level)
+        closer += 1
 
 
 def _just_below(best: int, excess: Excess) -> list[int]:
