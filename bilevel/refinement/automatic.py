@@ -93,7 +93,7 @@ class AutomaticRefinement(eqx.Module):
     noise: float = eqx.field(static=True)
     share: float = eqx.field(static=True)
     _rule: Rule = eqx.field(static=True)
-    _sides: int = eqx.field(static=True)
+    _places: "_Places" = eqx.field(static=True)
 
     requires: ClassVar[frozenset[str]] = frozenset({"gradient_norm"})
     without_measurement: ClassVar[str] = "goes on with more iterations"
@@ -115,11 +115,11 @@ class AutomaticRefinement(eqx.Module):
         self.share = share
         self._rule = Rule(signal, noise, share, len(ladder) - 1)
         apart = ladder.has_one_shape and ladder.adjoint is not None and len(ladder.adjoint) > 1
-        self._sides = 2 if apart else 1
+        self._places = _Places(ladder, 2 if apart else 1)
 
     def init(self) -> AutomaticState:
         """The state before the first update, at the coarsest level, with a comparison due."""
-        return blank(self._sides, due=len(self.ladder) > 1)
+        return blank(self._places.sides, due=len(self.ladder) > 1)
 
     def due(self, state: AutomaticState) -> Bool[AnyArray, ""]:
         """Whether the next gradient should be compared."""
@@ -163,7 +163,7 @@ class AutomaticRefinement(eqx.Module):
             raise TypeError(msg)
         norm = measured(owner, "gradient_norm", gradient_norm)
         if error is None:
-            return after(self._rule, state, self._places, norm, None)
+            return after(self._rule, state, self._places.rows, norm, None)
         parts = ("coarser", "finer", "noise")
         if not all(hasattr(error, part) for part in parts):
             msg = (
@@ -172,16 +172,27 @@ class AutomaticRefinement(eqx.Module):
             )
             raise TypeError(msg)
         numbers = tuple(measured(owner, f"error.{part}", getattr(error, part)) for part in parts)
-        return after(self._rule, state, self._places, norm, numbers)
+        return after(self._rule, state, self._places.rows, norm, numbers)
 
     def fidelity(self, state: AutomaticState) -> Fidelity:
         """The fidelity of the state's levels."""
         require_state("AutomaticRefinement", "fidelity", state)
         return self._at(state.levels)
 
-    @property
-    def _places(self) -> Float[np.ndarray, "sides levels"]:
-        return positions_of_both(self.ladder)[: self._sides]
-
     def _at(self, levels: Int[AnyArray, " sides"]) -> Fidelity:
-        return fidelity_at(self.ladder, levels[0], levels[1] if self._sides > 1 else None)
+        return fidelity_at(self.ladder, levels[0], levels[1] if len(levels) > 1 else None)
+
+
+class _Places:
+    """What the error falls geometrically in, a row a side; the same for equal ladders."""
+
+    def __init__(self, ladder: Ladder, sides: int):
+        self.sides = sides
+        self.rows: Float[np.ndarray, "sides levels"] = positions_of_both(ladder)[:sides]
+        self._key = sides, self.rows.tobytes()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Places) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)

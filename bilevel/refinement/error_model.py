@@ -169,10 +169,11 @@ def after(
     # A gradient that is large for once hides no error of the next.
     weight = xp.where(norm > state.norm, RISING, WEIGHT)
     smooth = xp.where(state.norm > 0, state.norm + weight * (norm - state.norm), norm)
+    here = _at(xp, places, state.levels)
     fields = state._replace(
         updates=saturating_increment(state.updates),
         norm=xp.where(known, smooth, state.norm),
-        credit=state.credit + rule.share * xp.sum(_at(xp, places, state.levels)),
+        credit=state.credit + rule.share * here.sum(),
     )
     usable = known
     if differences is not None:
@@ -180,12 +181,12 @@ def after(
         usable = usable & good
     finer = xp.minimum(state.levels + 1, rule.top).astype(np.int32)
     fields = fields._replace(lowest=xp.where(known, state.lowest, finer))
-    levels, wanted, excess = _placed(xp, rule, fields, places, known)
+    levels, wanted, excess = _placed(xp, rule, fields, places, here, known)
     # One that is beyond the allowance by a little is made better by the next.
-    accepted = xp.all(levels <= state.levels) | (excess <= np.log(BEYOND)) | ~known
+    accepted = (levels <= state.levels).all() | (excess <= np.log(BEYOND)) | ~known
     if differences is not None:
         # What one side costs is not known before it was compared, too.
-        accepted = accepted & (xp.all(fields.comparisons > 0) | ~known)
+        accepted = accepted & ((fields.comparisons > 0).all() | ~known)
     # The norm of a gradient that is mostly error is no measure of the next.
     fields = fields._replace(norm=xp.where(accepted, fields.norm, xp.zeros_like(norm)))
     fields = fields._replace(levels=levels.astype(np.int32), wanted=wanted)
@@ -205,7 +206,7 @@ def _side(xp: Namespace, state: AutomaticState) -> Bool[AnyArray, " sides"]:
 
 
 def _at(xp: Namespace, places: Any, levels: Any) -> Any:
-    return xp.take_along_axis(places, levels[:, None], axis=1)[:, 0]
+    return places[xp.arange(places.shape[0]), levels]
 
 
 def _trio(xp: Namespace, rule: Rule, level: Any) -> tuple[Any, Any, Any]:
@@ -221,8 +222,8 @@ def _due(xp: Namespace, rule: Rule, state: AutomaticState, places: Any) -> tuple
     """Whether the state's levels should be compared, and which side."""
     if rule.top == 0:
         return xp.zeros_like(state.due), state.side
-    cost = _cost(xp, rule, state, places)
     here = _at(xp, places, state.levels)
+    cost = _cost(xp, rule, state.levels, places, here)
     # Each step out of the known doubles it, so that all of these together are few.
     unknown = (state.wanted > TRUST * state.highest) & (here > state.highest)
     # What went down may have gone down to where the solver has not begun to converge.
@@ -236,11 +237,10 @@ def _due(xp: Namespace, rule: Rule, state: AutomaticState, places: Any) -> tuple
     return (new | unknown | old | (state.credit >= cost))[side], side
 
 
-def _cost(xp: Namespace, rule: Rule, state: AutomaticState, places: Any) -> Any:
+def _cost(xp: Namespace, rule: Rule, levels: Any, places: Any, here: Any) -> Any:
     """Iterations that a comparison of each side takes beyond the gradient that is there."""
-    here = _at(xp, places, state.levels)
-    around = sum(_at(xp, places, levels) for levels in _trio(xp, rule, state.levels))
-    return around - here + 2 * (xp.sum(here) - here)
+    low, middle, high = (_at(xp, places, each) for each in _trio(xp, rule, levels))
+    return low + middle + high - here + 2 * (here.sum() - here)
 
 
 def _learnt(
@@ -281,7 +281,8 @@ def _learnt(
         "least": low,
         "highest": high,
     }
-    cost = xp.where(chosen, _cost(xp, rule, state, places), 0).sum()
+    here = _at(xp, places, state.levels)
+    cost = xp.where(chosen, _cost(xp, rule, state.levels, places, here), 0).sum()
     return state._replace(
         **{
             name: xp.where(chosen & usable, value, getattr(state, name))
@@ -316,17 +317,16 @@ def _averaged(xp: Namespace, before: Any, noise: Any) -> Any:
 
 
 def _placed(
-    xp: Namespace, rule: Rule, state: AutomaticState, places: Any, known: Any
+    xp: Namespace, rule: Rule, state: AutomaticState, places: Any, here: Any, known: Any
 ) -> tuple[Any, Any, Any]:
     """The next levels; the positions that the model asks for; the log of the error's excess."""
-    here = _at(xp, places, state.levels)
     noise = xp.minimum(state.noise, state.norm)
     signal = xp.sqrt(xp.maximum(state.norm**2 - noise**2, 0))
     tiny = float(np.finfo(state.norm.dtype).tiny)
     compared = state.comparisons > 0
     at_place = state.log_error + _scale(xp, state)
     log_error = at_place - state.rate * (here - state.place)
-    error = xp.sum(xp.where(compared, xp.exp(xp.minimum(log_error, 80.0)), 0.0))
+    error = xp.where(compared, xp.exp(xp.minimum(log_error, 80.0)), 0.0).sum()
     # Of a gradient that is mostly error, the part that is none may be no larger than this.
     sure = xp.maximum(signal - error, LEAST * signal)
     allowed = xp.maximum(rule.signal * sure + rule.noise * noise, tiny)
@@ -340,10 +340,10 @@ def _placed(
     wanted = xp.where(known, wanted, 2 * here)
     limit = xp.minimum(2 * here + 1, xp.maximum(TRUST * state.highest, here))
     limit = xp.where(known, limit, 2 * here + 1)
-    goal = xp.clip(wanted, xp.maximum(here / 2, state.least / TRUST), limit)
+    goal = xp.minimum(xp.maximum(wanted, xp.maximum(here / 2, state.least / TRUST)), limit)
     goal = goal - 1e-4 * goal
-    levels = xp.sum(places < goal[:, None], axis=1)
-    levels = xp.clip(levels, state.lowest, rule.top)
+    levels = (places < goal[:, None]).sum(axis=1)
+    levels = xp.minimum(xp.maximum(levels, state.lowest), rule.top)
     # The primal goes as far as the adjoint at least: its error moves where training ends, the
     # adjoint's, which shrinks with the gradient, only the way there.
     return xp.maximum(levels, levels[-1]), wanted, excess
@@ -368,7 +368,7 @@ def _parts(xp: Namespace, rate: Any, most: Any, allowed: Any) -> Any:
     """
     if rate.shape[0] == 1:
         return allowed + xp.zeros_like(rate)
-    fair = allowed * rate[::-1] / xp.sum(rate)
+    fair = allowed * rate[::-1] / rate.sum()
     return allowed - xp.minimum(fair, most)[::-1]
 
 

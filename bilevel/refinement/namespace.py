@@ -61,6 +61,9 @@ def decided(function: Callable[..., Any]) -> Callable[..., Any]:
             return compiled(rule, *numbers)
         # Both branches of a `where` are computed, and one of them may divide by zero.
         with np.errstate(all="ignore"):
-            return jax.tree.map(np.asarray, function(np, rule, *numbers))
+            found = function(np, rule, *numbers)
+            if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found)):
+                return found
+            return jax.tree.map(np.asarray, found)
 
     return decide

@@ -58,7 +58,14 @@ def ended(process: "subprocess.Popen[str]", code: int) -> str:
     return said
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGUSR1", 138), ("SIGINT", 130)])
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("SIGTERM", 143),
+        pytest.param("SIGUSR1", 138, marks=pytest.mark.slow),
+        pytest.param("SIGINT", 130, marks=pytest.mark.slow),
+    ],
+)
 def test_a_told_run_saves_and_leaves(tmp_path: Path, name: str, code: int):
     process = start(tmp_path, "--quiet", "--checkpoint-seconds", "1000", pause=0.05)
     history = tmp_path / "r" / "history.jsonl"

@@ -58,6 +58,7 @@ def test_its_derivative_is_all_of_the_step(burgers):
     assert exact == pytest.approx(difference, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_full_solve_takes_what_the_paper_says(burgers):
     """A residual of 1e-5 takes about 24 iterations, whatever has become of the waves."""
     data = burgers.trajectories(jax.random.key(0), 64, 5)

@@ -71,6 +71,7 @@ def test_refining_the_grid_trains(module):
     assert metrics[-1] < 0.75 * metrics[0]
 
 
+@pytest.mark.slow
 def test_precisions_go_with_the_levels(module):
     task = module.task(cells=32, precision="mixed", epochs=1)
     coarsest = task.ladder.fidelity(0)

@@ -60,6 +60,7 @@ def test_the_classifier_is_the_minimiser(distillation, images):
     np.testing.assert_allclose(np.ravel(weights), best.x, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_step_is_safe_and_not_much_shorter(distillation, images):
     """1/step is above the Hessian's norm at zero, where it is largest, and below 6 times it."""
     classifier = distillation.Classifier(0.1)

@@ -19,6 +19,7 @@ def equilibrium():
         yield module
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_a_long_written_out_iteration(equilibrium):
     """Back-propagation through 400 applications, 0.95⁴⁰⁰ from the end."""
     task = equilibrium.task(width=6)

@@ -96,6 +96,7 @@ def test_a_forked_child_does_not_hold_on(tmp_path: Path):
     assert done.stdout == "released\n", done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_has_its_directory_for_itself(tmp_path: Path):
     def intrude(event: Any) -> None:
         del event

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bilevel.budget import Budget
@@ -53,6 +53,7 @@ def trained(controller, solves, norms):
     return path, state
 
 
+@settings(max_examples=40)
 @given(
     primal=st.floats(0.5, 0.95),
     adjoint=st.floats(0.5, 0.95),
@@ -62,7 +63,7 @@ def trained(controller, solves, norms):
 def test_both_settle_where_they_cost_least_together(primal, adjoint, size, norm):
     """min K + M with e_K + e_M <= a tenth of what is no error, K >= M."""
     solves = Solves(primal, adjoint, size)
-    path, _ = trained(automatic(LADDER), solves, [norm] * 200)
+    path, _ = trained(automatic(LADDER), solves, [norm] * 80)
     K, M = path[-1]
     allowed = 0.1 * norm / 1.1
     fixed = Fidelity(Budget(K), Budget(M))
