@@ -51,7 +51,7 @@ def same(printed: str, promised: str) -> None:
         "custom.md",
         "tasks.md",
         pytest.param("report.md", marks=pytest.mark.slow),
-        "search.md",
+        "hyperparameters.md",
         pytest.param("pde.md", marks=pytest.mark.slow),
         pytest.param("solvers.md", marks=pytest.mark.slow),
     ],
