@@ -19,6 +19,8 @@ import bilevel_solvers
 from bilevel.cli import main
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+EXAMPLES = DOCS.parent / "examples"
+INTERFACE = DOCS / "_extensions" / "interface.py"
 BLOCK = re.compile(r"(?:<!-- file: (\S+) -->\n+)?```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d*)?(?:e[-+]?\d+)?")
 
@@ -114,12 +116,35 @@ def test_the_page_of_an_adapter_names_what_it_has(page: str, package: Any):
     assert sorted(listed) == sorted(name for name in package.__all__ if name[0] != "_")
 
 
+def test_the_first_page_runs_and_prints_what_it_says(capsys: pytest.CaptureFixture[str]):
+    found = blocks("index.md")
+    (code,) = (text for _, language, text in found if language == "python")
+    (promised,) = (text for _, language, text in found if language == "text")
+    with jax.enable_x64(False):
+        exec(compile(code, "index.md", "exec"), {})  # noqa: S102
+    same(capsys.readouterr().out, promised)
+
+
+def test_every_example_has_a_page_in_the_gallery():
+    """What a file draws is seen when the site is built; here only that none is forgotten."""
+    runs = {file.stem for file in EXAMPLES.glob("*.py") if "task = " in file.read_text("utf-8")}
+    runs |= {file.stem for file in EXAMPLES.glob("*.py") if "def task(" in file.read_text("utf-8")}
+    assert {file.stem for file in (DOCS / "gallery").glob("*.py")} == runs
+
+
+def test_tutorials_stand_in_the_order_of_the_site():
+    names = re.search(r"_TUTORIALS = \((.*?)\)", INTERFACE.read_text("utf-8"), re.DOTALL)
+    assert names is not None
+    listed = re.findall(r'"(\w+)"', names[1])
+    assert sorted(listed) == sorted(file.stem for file in (DOCS / "tutorials").glob("*.py"))
+
+
 def test_pages_are_reachable_from_the_first():
     index = (DOCS / "index.md").read_text(encoding="utf-8")
-    toctree = index.partition("```{toctree}")[2].partition("```")[0].split()
+    toctree = "\n".join(re.findall(r"^```\{toctree\}\n(.*?)^```$", index, re.DOTALL | re.MULTILINE))
     for page in DOCS.glob("*.md"):
         if page.stem != "index":
-            assert page.stem in toctree
+            assert page.stem in toctree.split()
             assert f"({page.name})" in index
 
 
