@@ -42,6 +42,8 @@ class Iteration(eqx.Module):
         the operator's range; `None` where nothing is known of that.
     - `flaw`: a failure known before the first step; `None` where nothing was looked at.
     - `compared`: whether the scale took a residual of its own.
+    - `grain`: of a fixed point, the share of x below which its residual, a difference of two
+        numbers like x, is rounding and nothing else; `None` for other problems.
     """
 
     solver: InnerSolver
@@ -56,6 +58,7 @@ class Iteration(eqx.Module):
     floor: Float[Array, ""] | None = None
     flaw: Int[Array, ""] | None = None
     compared: bool = eqx.field(static=True, default=False)
+    grain: float | None = eqx.field(static=True, default=None)
 
     def failure(self, state: PyTree) -> Int[Array, ""]:
         """`Status.CONVERGED` while all is well, otherwise the status to stop with."""
@@ -147,6 +150,7 @@ def begin(
         floor=_floor(problem),
         flaw=symmetry_flaw(problem, x0) if needs_look(problem, solver.requires) else None,
         compared=problem.rhs is None,
+        grain=None if problem.mapping is None else vector.epsilon(x0),
     )
     return iteration, state, residual
 
@@ -176,6 +180,7 @@ def close_iteration(iteration: Iteration, state: PyTree, residual: PyTree) -> It
         floor=iteration.floor,
         flaw=iteration.flaw,
         compared=iteration.compared,
+        grain=iteration.grain,
     )
 
 

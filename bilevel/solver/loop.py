@@ -411,7 +411,8 @@ def _status(
     drowned = told & (true_norm <= level)
     failure = jnp.where(drowned, code(Status.ROUNDING), failure)
     result = jnp.where(failure != Status.CONVERGED, failure, result)
-    result = jnp.where(true_norm <= limits.tolerance, code(Status.CONVERGED), result)
+    small = jnp.where(_absorbed(iteration, limits, value), Status.ROUNDING, Status.CONVERGED)
+    result = jnp.where(true_norm <= limits.tolerance, jnp.asarray(small, jnp.int32), result)
     finite = jnp.isfinite(true_norm) & jnp.isfinite(progress.norm) & ~jnp.isnan(limits.tolerance)
     result = jnp.where(finite, result, code(Status.NONFINITE))
     if iteration.floor is None:
@@ -420,6 +421,16 @@ def _status(
     impossible = iteration.floor > limits.tolerance * iteration.unit
     impossible = impossible & ((result == Status.CONVERGED) | (result >= Status.DIVERGED))
     return jnp.where(impossible, code(Status.INCONSISTENT), result)
+
+
+def _absorbed(iteration: Iteration, limits: Limits, value: PyTree) -> Array | bool:
+    """Whether x is so large that T(x) - x may vanish by rounding alone.
+
+    A map without a fixed point, x + b, has one in floating point: any x that swallows b.
+    """
+    if iteration.grain is None:
+        return False
+    return iteration.grain * vector.norm(value) / iteration.unit > 10.0 * limits.tolerance
 
 
 def _attainable(
