@@ -75,9 +75,10 @@ class Situation:
         """The outer loss f(x, θ)."""
         return self.outer_loss(x, self.with_theta(theta))
 
-    def pull_theta(self, multiplier: PyTree) -> PyTree:
-        """(∂_θ r)ᵀ λ, like θ."""
-        _, pull = jax.vjp(lambda theta: self.residual(self.x, theta), self.theta)
+    def pull_theta(self, multiplier: PyTree, x: PyTree | None = None) -> PyTree:
+        """(∂_θ r)ᵀ λ, like θ, at the final iterate or another x."""
+        at = self.x if x is None else x
+        _, pull = jax.vjp(lambda theta: self.residual(at, theta), self.theta)
         return pull(multiplier)[0]
 
 

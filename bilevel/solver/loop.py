@@ -24,9 +24,11 @@ BLOW_UP = 1e8
 PATIENCE = 10
 """Steps after which a stationary iteration that has not shrunk its residual diverges."""
 
+LONG, STANDSTILL = 100, 1e-6
+"""Steps after which one that shrinks its residual by less a step, over half of them, diverges."""
+
 GROWN = 1e3
 """At the end of a budget, a residual this many times the scale that still grows diverges."""
-
 
 MOST_ROUNDING = 0.3
 """Part of the scale that rounding is believed to leave of a residual."""
@@ -390,12 +392,13 @@ def _status(
     ceiling = BLOW_UP * limits.reference
     diverged = (true_norm > ceiling) | (progress.norm > ceiling)
     if iteration.solver.stationary:
-        diverged = diverged | (
-            (progress.count >= PATIENCE)
-            & (progress.norm >= limits.start)
-            & (progress.norm > iteration.noise / iteration.unit)
-            & (_rate(progress) >= 1.0)
-        )
+        rate = _rate(progress)
+        stalled = (progress.count >= PATIENCE) & (progress.norm >= limits.start) & (rate >= 1.0)
+        if iteration.grain is not None:
+            # A map that shrunk it, and does no more: a mode that does not contract is left.
+            stuck = (progress.count >= LONG) & (rate >= 1.0 - STANDSTILL)
+            stalled = stalled | (stuck & (progress.norm > level))
+        diverged = diverged | (stalled & (progress.norm > iteration.noise / iteration.unit))
     elif not iteration.solver.recursive:
         # Residuals that go up and down are no divergence; those of Krylov methods may go far.
         grown = progress.norm > GROWN * limits.reference

@@ -15,6 +15,7 @@ from sphinx.util.docutils import SphinxDirective
 
 _LINK = re.compile(r"\[`([\w.]+)`\]\[\]")
 _BULLET = re.compile(r"^( *)(- )")
+_UNDERLINE = re.compile(r" *[-=]{3,} *")
 
 
 def as_markdown(lines: list[str]) -> list[str]:
@@ -31,6 +32,10 @@ def as_markdown(lines: list[str]) -> list[str]:
             fenced = False
         if fenced:
             found.append(line.strip() if prompt else line)
+            continue
+        if _UNDERLINE.fullmatch(line) and found and found[-1].strip():
+            found[-1] = f"**{found[-1].strip()}**"  # a section of an inherited docstring
+            found.append("")
             continue
         bullet = _BULLET.match(line)
         if bullet and not listed and found and found[-1].strip():
