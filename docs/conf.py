@@ -53,10 +53,7 @@ sphinx_gallery_conf = {
     "parallel": 2,
     "min_reported_time": 5,
     "remove_config_comments": True,
-    "matplotlib_animations": False,
     "doc_module": ("bilevel",),
-    "reference_url": {"bilevel": None},
-    "default_thumb_file": None,
 }
 
 # Types of other libraries, whose documentation no build can rely on reaching, and names that

@@ -389,15 +389,16 @@ def _status(
     at_limit = progress.count >= limits.iterations
     result = jnp.where(at_limit, code(Status.UNROLL_LIMIT), result)
     result = jnp.where(progress.count >= limits.budget, code(Status.BUDGET), result)
-    ceiling = BLOW_UP * limits.reference
+    ceiling, grain = BLOW_UP * limits.reference, _grain(iteration, value)
     diverged = (true_norm > ceiling) | (progress.norm > ceiling)
     if iteration.solver.stationary:
         rate = _rate(progress)
         stalled = (progress.count >= PATIENCE) & (progress.norm >= limits.start) & (rate >= 1.0)
         if iteration.grain is not None:
             # A map that shrunk it, and does no more: a mode that does not contract is left.
-            stuck = (progress.count >= LONG) & (rate >= 1.0 - STANDSTILL)
-            stalled = stalled | (stuck & (progress.norm > level))
+            slowest = 1.0 - max(STANDSTILL, 1e2 * iteration.grain)
+            stuck = (progress.count >= LONG) & (rate >= slowest)
+            stalled = stalled | (stuck & (progress.norm > jnp.maximum(level, 1e3 * grain)))
         diverged = diverged | (stalled & (progress.norm > iteration.noise / iteration.unit))
     elif not iteration.solver.recursive:
         # Residuals that go up and down are no divergence; those of Krylov methods may go far.
@@ -414,8 +415,8 @@ def _status(
     drowned = told & (true_norm <= level)
     failure = jnp.where(drowned, code(Status.ROUNDING), failure)
     result = jnp.where(failure != Status.CONVERGED, failure, result)
-    small = jnp.where(_absorbed(iteration, limits, value), Status.ROUNDING, Status.CONVERGED)
-    result = jnp.where(true_norm <= limits.tolerance, jnp.asarray(small, jnp.int32), result)
+    swallowed = jnp.where(grain > 10.0 * limits.tolerance, Status.ROUNDING, Status.CONVERGED)
+    result = jnp.where(true_norm <= limits.tolerance, swallowed.astype(jnp.int32), result)
     finite = jnp.isfinite(true_norm) & jnp.isfinite(progress.norm) & ~jnp.isnan(limits.tolerance)
     result = jnp.where(finite, result, code(Status.NONFINITE))
     if iteration.floor is None:
@@ -426,14 +427,13 @@ def _status(
     return jnp.where(impossible, code(Status.INCONSISTENT), result)
 
 
-def _absorbed(iteration: Iteration, limits: Limits, value: PyTree) -> Array | bool:
-    """Whether x is so large that T(x) - x may vanish by rounding alone.
+def _grain(iteration: Iteration, value: PyTree) -> Array | float:
+    """What rounding may make of T(x) - x.
 
     A map without a fixed point, x + b, has one in floating point: any x that swallows b.
     """
-    if iteration.grain is None:
-        return False
-    return iteration.grain * vector.norm(value) / iteration.unit > 10.0 * limits.tolerance
+    grain = iteration.grain
+    return 0.0 if grain is None else grain * vector.norm(value) / iteration.unit
 
 
 def _attainable(

@@ -130,10 +130,9 @@ class PublicNames(SphinxTransform):
             target = known.get(literal.astext())
             if target is None or isinstance(literal.parent, _LINKS):
                 continue
-            if target.startswith("bilevel_") and self.env.docname not in {"pde", "solvers"}:
-                # Elsewhere `optax` is a library, not the name that wraps it.
-                if literal.astext().islower():
-                    continue
+            elsewhere = self.env.docname not in {"pde", "solvers"}
+            if target.startswith("bilevel_") and elsewhere and literal.astext().islower():
+                continue  # there `optax` is a library, not the name that wraps it
             link = addnodes.pending_xref(
                 "",
                 refdomain="py",
@@ -155,9 +154,7 @@ def resolve(app: Sphinx, env: Any, node: Any, content: nodes.Element) -> nodes.N
     public = full_names().get(target.rpartition(".")[2])
     if public is not None and target != public:
         domain = env.get_domain("py")
-        return domain.resolve_xref(
-            env, node["refdoc"], app.builder, "obj", public, node, content
-        )
+        return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", public, node, content)
     # What only annotations name has no page: types of other libraries, and of our own inside.
     return content if node.get("reftype") in {"class", "data", "obj"} else None
 

@@ -2,8 +2,8 @@
 A corrector for Burgers' equation
 =================================
 
-A network learns what a coarse, diffusive solver gets wrong, through two steps of that solver: one of the
-experiments of the paper on progressive refinement.
+A network learns what a coarse, diffusive solver gets wrong, through two steps of that solver:
+one of the experiments of the paper on progressive refinement.
 """
 
 # %%
@@ -25,7 +25,8 @@ comparison = bl.compare(task, ("full", "auto"), epochs=10, progress=False)
 said(comparison.runs)
 
 # %%
-# A state after five steps: of the coarse solver, with the network's correction, and of the reference.
+# A state after five steps: of the coarse solver, with the network's correction, and of the
+# reference.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained")
 draw_metric(left, comparison.runs, task.metric_name)

@@ -2,8 +2,9 @@
 A conductivity, on ever finer grids
 ===================================
 
-What is refined here is the grid. A conductivity is found from the fields it lets through, first with the
-equation on a coarse grid, then on finer ones; the gradient goes through the transfers of multigrid.
+What is refined here is the grid. A conductivity is found from the fields it lets through, first
+with the equation on a coarse grid, then on finer ones; the gradient goes through the transfers
+of multigrid.
 """
 
 # %%

@@ -2,8 +2,8 @@
 Learning to denoise
 ===================
 
-A noisy patch is denoised by minimising an energy whose filters are learnt: a field of experts. The inner
-problem is smooth and convex, and every patch of a batch has a count of its own.
+A noisy patch is denoised by minimising an energy whose filters are learnt: a field of experts.
+The inner problem is smooth and convex, and every patch of a batch has a count of its own.
 """
 
 # %%

@@ -2,8 +2,9 @@
 Ten images in place of a thousand
 =================================
 
-A data set is distilled: ten synthetic images, one for each digit, on which a classifier is trained, and
-which are changed until that classifier does well on real images. Training to the end is the inner problem.
+A data set is distilled: ten synthetic images, one for each digit, on which a classifier is
+trained, and which are changed until that classifier does well on real images. Training to the
+end is the inner problem.
 """
 
 # %%

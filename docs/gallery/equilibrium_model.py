@@ -2,8 +2,9 @@
 A network that is a fixed point
 ===============================
 
-A deep equilibrium model on digits: its layer is applied until nothing changes any more. The adjoint is
-solved by the transposed iteration; after each update the layer is projected onto contractions.
+A deep equilibrium model on digits: its layer is applied until nothing changes any more. The
+adjoint is solved by the transposed iteration; after each update the layer is projected onto
+contractions.
 """
 
 # %%

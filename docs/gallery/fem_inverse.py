@@ -2,8 +2,8 @@
 A coefficient, with finite elements
 ===================================
 
-The same kind of problem on a disc, with linear elements that scikit-fem meshes and assembles: the matrix
-goes in as another library made it, and gradients go to its entries.
+The same kind of problem on a disc, with linear elements that scikit-fem meshes and assembles:
+the matrix goes in as another library made it, and gradients go to its entries.
 """
 
 # %%

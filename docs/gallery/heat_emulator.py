@@ -2,8 +2,8 @@
 Emulating a heat step
 =====================
 
-A network learns to be one step of the heat equation, through the solver of the next step: a coarse solver
-pulls it away from the truth, and the policies differ in when they notice.
+A network learns to be one step of the heat equation, through the solver of the next step: a
+coarse solver pulls it away from the truth, and the policies differ in when they notice.
 """
 
 # %%

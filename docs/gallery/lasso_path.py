@@ -2,9 +2,9 @@
 Down the path of an elastic net
 ===============================
 
-The penalties of an elastic net, one for each group of features, are learnt from a cross-validation. The
-inner problem is not smooth; the accelerated proximal gradient method solves it, and its derivative lives on
-the support.
+The penalties of an elastic net, one for each group of features, are learnt from a
+cross-validation. The inner problem is not smooth; the accelerated proximal gradient method
+solves it, and its derivative lives on the support.
 """
 
 # %%

@@ -2,8 +2,9 @@
 Penalties of a logistic regression
 ==================================
 
-Logistic regression with a penalty for each feature, learnt from the validation loss, as HOAG (Pedregosa
-2016) learns a single one. The unknown is scaled so that one step size serves whatever the penalties are.
+Logistic regression with a penalty for each feature, learnt from the validation loss, as HOAG
+(Pedregosa 2016) learns a single one. The unknown is scaled so that one step size serves
+whatever the penalties are.
 """
 
 # %%

@@ -2,8 +2,8 @@
 Where to start from
 ===================
 
-Few-shot regression by implicit MAML: a network is adapted to each of many tasks by a solve that starts from
-θ and is held near it, and θ is learnt such that the adapted networks do well.
+Few-shot regression by implicit MAML: a network is adapted to each of many tasks by a solve that
+starts from θ and is held near it, and θ is learnt such that the adapted networks do well.
 """
 
 # %%
@@ -33,10 +33,13 @@ adaptation = meta_learning.Adaptation(jax.random.key(0), 32, 1.0)
 unseen = meta_learning.draw(jax.random.key(5), 1, 10, 1)
 x = jnp.linspace(-5, 5, 200)
 right.plot(unseen.x[0], unseen.y[0], "ko", label="known")
-for label, theta in (("not trained", adaptation.start), ("trained", comparison.runs["full"][0].theta)):
+for label, theta in (
+    ("not trained", adaptation.start),
+    ("trained", comparison.runs["full"][0].theta),
+):
     start = jax.tree.unflatten(jax.tree.structure(adaptation.start), jax.tree.leaves(theta))
     adapted = adaptation.solved(start, unseen.x[0], unseen.y[0], meta_learning.EXACT).value
-    right.plot(x, jax.vmap(lambda at: adaptation.value(adapted, at))(x), label=f"adapted, {label}")
+    right.plot(x, jax.vmap(adaptation.value, (None, 0))(adapted, x), label=f"adapted, {label}")
 right.legend(fontsize=8)
 plt.show()
 

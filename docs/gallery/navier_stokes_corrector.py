@@ -2,17 +2,18 @@
 A corrector for a flow solver
 =============================
 
-The largest of the published experiments: a network corrects a coarse solver of the Navier–Stokes equations,
-and is trained through two of its steps, each a coupled linear solve for both velocities and the pressure by
-GMRES in cycles of eight.
+The largest of the published experiments: a network corrects a coarse solver of the
+Navier–Stokes equations, and is trained through two of its steps, each a coupled linear solve
+for both velocities and the pressure by GMRES in cycles of eight.
 """
 
 # %%
 # One step of the solver
 # ----------------------
 #
-# To train takes hours at full size. What can be seen in a minute is what the budget of its solves, in
-# cycles, does to a step, and to the gradient that a network in front of it would get.
+# To train takes hours at full size. What can be seen in a minute is what the budget of its
+# solves, in cycles, does to a step, and to the gradient that a network in front of it would
+# get.
 
 import jax
 import jax.numpy as jnp
@@ -78,8 +79,8 @@ plt.show()
 # The whole of it
 # ---------------
 #
-# ``bilevel compare examples/navier_stokes_corrector.py --set size=small`` trains on two cores in minutes a
-# policy; :doc:`/results` has what came of it.
+# ``bilevel compare examples/navier_stokes_corrector.py --set size=small`` trains on two cores
+# in minutes a policy; :doc:`/results` has what came of it.
 #
 # .. dropdown:: examples/navier_stokes_corrector.py
 #

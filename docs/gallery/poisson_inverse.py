@@ -2,8 +2,8 @@
 The source of a Poisson problem
 ===============================
 
-The strength of a source is found from the field it makes, by gradient descent through Jacobi's method:
-the first experiment of the paper on progressive refinement, with its settings.
+The strength of a source is found from the field it makes, by gradient descent through Jacobi's
+method: the first experiment of the paper on progressive refinement, with its settings.
 """
 
 # %%

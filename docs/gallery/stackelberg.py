@@ -3,8 +3,8 @@ Prices for firms that compete
 =============================
 
 A supplier names prices; firms that buy from it then compete in quantities. Their equilibrium, a
-variational inequality, is the inner problem: a projected map whose fixed point leaves some firms out of
-some markets. Its Jacobian is not symmetric, so the adjoint is solved by BiCGStab.
+variational inequality, is the inner problem: a projected map whose fixed point leaves some
+firms out of some markets. Its Jacobian is not symmetric, so the adjoint is solved by BiCGStab.
 """
 
 # %%

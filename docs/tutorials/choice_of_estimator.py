@@ -2,8 +2,9 @@
 Which estimator when
 ====================
 
-An :term:`estimator` is a way to get a :term:`hypergradient` from a solve that was stopped early. The
-table says which to take; below it is what it rests on, measured while this page was built.
+An :term:`estimator` is a way to get a :term:`hypergradient` from a solve that was stopped
+early. The table says which to take; below it is what it rests on, measured while this page was
+built.
 
 .. list-table::
    :header-rows: 1
@@ -14,7 +15,7 @@ table says which to take; below it is what it rests on, measured while this page
      - because
    * - anything, and no reason to do otherwise
      - ``bl.Implicit()``
-     - memory does not grow with the iterations; the adjoint has its own solver, budget and status
+     - memory does not grow with the iterations; the adjoint has a solver and budget of its own
    * - few inner steps, or the truncated computation *is* the model (learnt optimizers, meta-learning)
      - ``bl.Unrolled()``
      - the exact derivative of what was computed, whether or not it is near a solution
@@ -44,12 +45,11 @@ Whichever it is: ``result.error`` says what it cost, in the units of the gradien
 # A minimisation, with conjugate gradients at hand
 # ------------------------------------------------
 #
-# Ridge regression with 60 weights and a penalty for each, and gradient descent as the inner solver. The
-# inner solve gets 200 iterations throughout, which leaves an error far below what is drawn; what
-# varies is what the estimator spends on the derivative: iterations of the adjoint, terms of the
-# series, or steps that are unrolled.
+# Ridge regression with 60 weights and a penalty for each, and gradient descent as the inner
+# solver. The inner solve gets 200 iterations throughout, which leaves an error far below what
+# is drawn; what varies is what the estimator spends on the derivative: iterations of the
+# adjoint, terms of the series, or steps that are unrolled.
 
-import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
@@ -99,7 +99,9 @@ def error_of(estimator, iterations, primal=200):
 
 spent = (1, 2, 4, 8, 16, 30)
 curves = {
-    "Implicit, conjugate gradients": [error_of(bl.Implicit(bl.ConjugateGradient()), k) for k in spent],
+    "Implicit, conjugate gradients": [
+        error_of(bl.Implicit(bl.ConjugateGradient()), k) for k in spent
+    ],
     "Neumann": [error_of(bl.Neumann(), k) for k in spent],
     "Unrolled(last=T)": [error_of(bl.Unrolled(last=k), 0) for k in spent],
     "Nystrom(rank)": [error_of(bl.Nystrom(rank=k), 1) for k in spent],
@@ -117,10 +119,10 @@ axes.legend(fontsize=8)
 plt.show()
 
 # %%
-# Conjugate gradients are ahead by orders of magnitude, and cost per iteration what the others do, one
-# product with the Hessian. The Neumann series and truncated unrolling are the same series here, term by
-# term: their curves lie on each other. ``OneStep`` is its first term, and on gradient descent a rough
-# direction, no more.
+# Conjugate gradients are ahead by orders of magnitude, and cost per iteration what the others
+# do, one product with the Hessian. The Neumann series and truncated unrolling are the same
+# series here, term by term: their curves lie on each other. ``OneStep`` is its first term, and
+# on gradient descent a rough direction, no more.
 
 # %%
 # Stopping the inner solve early
@@ -148,16 +150,16 @@ axes.legend(fontsize=8)
 plt.show()
 
 # %%
-# Unrolling is behind at first: the derivative of an iteration converges after the iteration does (the
-# curse of unrolling, Scieur et al. 2022). With conjugate gradients the adjoint is soon exact, and what
-# is left is the error of the primal solve.
+# Unrolling is behind at first: the derivative of an iteration converges after the iteration
+# does (the curse of unrolling, Scieur et al. 2022). With conjugate gradients the adjoint is
+# soon exact, and what is left is the error of the primal solve.
 
 # %%
 # A root, with Newton's method
 # ----------------------------
 #
-# A step of Newton's method contracts faster the nearer it is. One step is then all that a derivative
-# needs, and ``OneStep`` is as good as an adjoint solve and cheaper.
+# A step of Newton's method contracts faster the nearer it is. One step is then all that a
+# derivative needs, and ``OneStep`` is as good as an adjoint solve and cheaper.
 
 mixing = jnp.eye(30) + 0.1 * jnp.asarray(random.standard_normal((30, 30)), "float32")
 
@@ -200,8 +202,9 @@ plt.show()
 # What a gradient is worth
 # ------------------------
 #
-# A curve like these needs the exact gradient, which nobody has in earnest. The estimate that comes with
-# every hypergradient needs none, and its two parts say which of the two solves to spend more on:
+# A curve like these needs the exact gradient, which nobody has in earnest. The estimate that
+# comes with every hypergradient needs none, and its two parts say which of the two solves to
+# spend more on:
 
 for primal, adjoint in ((8, 30), (200, 3), (200, 30)):
     result = bl.hypergradient(
@@ -216,8 +219,8 @@ for primal, adjoint in ((8, 30), (200, 3), (200, 30)):
     )
     true = jnp.linalg.norm(result.gradient - exact)
     print(
-        f"{primal:3} primal, {adjoint:2} adjoint: {result.error.primal:.1e} + {result.error.adjoint:.1e}"
-        f" estimated, {true:.1e} true"
+        f"{primal:3} primal, {adjoint:2} adjoint: {result.error.primal:.1e} + "
+        f"{result.error.adjoint:.1e} estimated, {true:.1e} true"
     )
 
 # %%

@@ -10,9 +10,10 @@ error, and to a training run that spends only the iterations it needs.
 # The problem
 # -----------
 #
-# A ridge regression has a penalty, and someone has to choose it. Let that be a gradient method: the
-# weights *w* are fitted to training data under a penalty exp(θ), which is the :term:`inner problem`,
-# and θ is to make the error of these weights on other data small, which is the :term:`outer loss`.
+# A ridge regression has a penalty, and someone has to choose it. Let that be a gradient method:
+# the weights *w* are fitted to training data under a penalty exp(θ), which is the :term:`inner
+# problem`, and θ is to make the error of these weights on other data small, which is the
+# :term:`outer loss`.
 
 import jax
 import jax.numpy as jnp
@@ -102,8 +103,8 @@ plt.show()
 # In code of your own
 # -------------------
 #
-# ``bl.solve`` is the inner solution as a function of θ, differentiable like anything else in JAX, by
-# ``jax.grad``, ``jax.jvp`` and ``jax.vmap``, under ``jax.jit``.
+# ``bl.solve`` is the inner solution as a function of θ, differentiable like anything else in
+# JAX, by ``jax.grad``, ``jax.jvp`` and ``jax.vmap``, under ``jax.jit``.
 
 
 @jax.jit
@@ -152,9 +153,9 @@ left.legend()
 plt.show()
 
 # %%
-# ``full`` solves every update to the ladder's last budget; ``prdp`` is progressive refinement as it was
-# published; ``auto`` has nothing to set and measures the gradient's error now and then.
-# ``bl.plot_runs`` and ``comparison.save`` write larger pictures and tables than these.
+# ``full`` solves every update to the ladder's last budget; ``prdp`` is progressive refinement
+# as it was published; ``auto`` has nothing to set and measures the gradient's error now and
+# then. ``bl.plot_runs`` and ``comparison.save`` write larger pictures and tables than these.
 
 for policy, runs in comparison.runs.items():
     summary = runs[0].summary

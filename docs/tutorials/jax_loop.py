@@ -12,9 +12,9 @@ and `optax <https://optax.readthedocs.io>`_.
 # What is trained
 # ---------------
 #
-# The network sees a temperature profile and proposes an intermediate state; one implicit heat step
-# then has to bring that to where *two* steps lead. The step is a linear system, which Jacobi's method
-# solves, and the gradient reaches the network through it.
+# The network sees a temperature profile and proposes an intermediate state; one implicit heat
+# step then has to bring that to where *two* steps lead. The step is a linear system, which
+# Jacobi's method solves, and the gradient reaches the network through it.
 
 import equinox as eqx
 import jax
@@ -93,9 +93,9 @@ def validate(network):
 # The loop
 # --------
 #
-# The update is compiled once: the fidelity is an argument, and all that a controller changes in it is
-# the value of arrays. A ``bl.Probe`` is an argument full of zeros whose derivative carries the report of
-# the solves out of the backward pass; it costs nothing.
+# The update is compiled once: the fidelity is an argument, and all that a controller changes in
+# it is the value of arrays. A ``bl.Probe`` is an argument full of zeros whose derivative
+# carries the report of the solves out of the backward pass; it costs nothing.
 
 optimizer = optax.adam(2e-3)
 traced = []
@@ -161,9 +161,10 @@ plt.show()
 # What a controller is told
 # -------------------------
 #
-# ``ProgressiveRefinement`` reads the metric alone, and once an epoch is a habit, not a rule: call
-# ``update`` as often as there is something to tell. ``ErrorControlled`` reads the gradient's norm and the
-# estimate of its error instead, after any update, which ``bl.hypergradient`` returns:
+# ``ProgressiveRefinement`` reads the metric alone, and once an epoch is a habit, not a rule:
+# call ``update`` as often as there is something to tell. ``ErrorControlled`` reads the
+# gradient's norm and the estimate of its error instead, after any update, which
+# ``bl.hypergradient`` returns:
 
 controller = bl.ErrorControlled(ladder)
 state = controller.init()
@@ -187,5 +188,5 @@ for _ in range(4):
     )
 
 # %%
-# The same loop with checkpoints, a history, a command line and comparisons over seeds is ``bl.optimize``:
-# :doc:`/tasks`.
+# The same loop with checkpoints, a history, a command line and comparisons over seeds is
+# ``bl.optimize``: :doc:`/tasks`.

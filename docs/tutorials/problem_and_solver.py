@@ -17,8 +17,8 @@ up as a training run that does not train.
 # the stiffness, and each mass. The unknown *x* is where the masses are, and at rest the forces on
 # every mass add up to nothing.
 #
-# An inner problem is a class with one method, ``residual``: zero at the solution, of the shape of *x*.
-# Its fields are declared as in a dataclass.
+# An inner problem is a class with one method, ``residual``: zero at the solution, of the shape
+# of *x*. Its fields are declared as in a dataclass.
 
 from typing import NamedTuple
 
@@ -60,15 +60,15 @@ straight = jnp.stack([jnp.linspace(0, 1, MASSES + 2)[1:-1], jnp.zeros(MASSES)], 
 sagging = straight.at[:, 1].set(-0.5 * jnp.sin(jnp.pi * straight[:, 0]))
 
 # %%
-# The kit compares what a problem claims with what it does: shapes and dtypes, ``jit``, ``vmap``, both
-# derivatives, and the symmetry that was declared.
+# The kit compares what a problem claims with what it does: shapes and dtypes, ``jit``,
+# ``vmap``, both derivatives, and the symmetry that was declared.
 
 print(*check_inner_problem(cable, theta, sagging), sep=", ")
 
 # %%
-# A claim that is not true is found. Rods that push each mass by the height of its left neighbour, and
-# not the other way round, have no potential, and whoever forgets to take the declaration back is
-# told:
+# A claim that is not true is found. Rods that push each mass by the height of its left
+# neighbour, and not the other way round, have no potential, and whoever forgets to take the
+# declaration back is told:
 
 
 class Pushed(Cable):
@@ -124,8 +124,8 @@ class BarzilaiBorwein(bl.InnerSolver):
 
 
 # %%
-# The kit tries it on a small problem that it suits: that budgets are kept, that a status is true, that
-# ``jit`` and ``vmap`` change nothing, that single precision stays so.
+# The kit tries it on a small problem that it suits: that budgets are kept, that a status is
+# true, that ``jit`` and ``vmap`` change nothing, that single precision stays so.
 
 print(*check_inner_solver(BarzilaiBorwein(0.1)), sep=", ")
 
@@ -139,8 +139,8 @@ print(len(check_inner_solver(BarzilaiBorwein(0.01), cable, theta, sagging, budge
 # Both at work
 # ------------
 #
-# What was written above is all there is to write. Budgets, statuses, the residual's history and every
-# estimator work with it.
+# What was written above is all there is to write. Budgets, statuses, the residual's history and
+# every estimator work with it.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.3), layout="constrained")
 for solver in (BarzilaiBorwein(0.01), bl.Newton(), bl.Richardson(0.003)):
@@ -177,8 +177,8 @@ print(f"the gradient's error is about {result.error.total:.1e}")
 print("adjoint:", result.adjoint.diagnosis)
 
 # %%
-# That the derivative is one can be tested without any formula: the remainder of its Taylor expansion
-# falls with the square of the step. In double precision, which this needs:
+# That the derivative is one can be tested without any formula: the remainder of its Taylor
+# expansion falls with the square of the step. In double precision, which this needs:
 
 with jax.enable_x64(True):
     fine = jax.tree.map(lambda leaf: jnp.asarray(leaf, "float64"), (theta, sagging))

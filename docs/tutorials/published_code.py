@@ -3,9 +3,9 @@ From the published PRDP code to this
 ====================================
 
 Progressive refinement was published with code (Bhatia, Koehler and Thuerey, ICLR 2025;
-`tum-pbs/PRDP <https://github.com/tum-pbs/PRDP>`_, :ref:`[PRDP] <prdp>`). Whoever has a script that uses
-it finds here what each of its settings is called in this package, what is the same to the last
-decision, and what is different on purpose.
+`tum-pbs/PRDP <https://github.com/tum-pbs/PRDP>`_, :ref:`[PRDP] <prdp>`). Whoever has a script
+that uses it finds here what each of its settings is called in this package, what is the same to
+the last decision, and what is different on purpose.
 """
 
 # %%
@@ -101,11 +101,11 @@ decision, and what is different on purpose.
 # The rule
 # --------
 #
-# After every epoch, with the averaged metric ē: as long as ē has fallen below τ_step of what it was δ - 1
-# entries ago, nothing changes. Where it has not, it is compared with the checkpoint, ē at the last
-# refinement. If less than τ_stop of that is left, the refinement has paid, and if more than all of it is,
-# things got worse: both refine by a level. In between, refining has stopped paying. Written down
-# without any of this package:
+# After every epoch, with the averaged metric ē: as long as ē has fallen below τ_step of what it
+# was δ - 1 entries ago, nothing changes. Where it has not, it is compared with the checkpoint,
+# ē at the last refinement. If less than τ_stop of that is left, the refinement has paid, and if
+# more than all of it is, things got worse: both refine by a level. In between, refining has
+# stopped paying. Written down without any of this package:
 
 
 def published_rule(metrics, stepping, stopping, window, delta, checkpoint=100.0):
@@ -145,8 +145,8 @@ assert levels == expected
 # The Poisson experiment
 # ----------------------
 #
-# The source of u″ = -θ sin 2πx is to be found, θ = 2 from a start at 5, with Jacobi's method as the inner
-# solver: the paper's settings, in ``examples/poisson_inverse.py``.
+# The source of u″ = -θ sin 2πx is to be found, θ = 2 from a start at 5, with Jacobi's method as
+# the inner solver: the paper's settings, in ``examples/poisson_inverse.py``.
 
 import sys
 from pathlib import Path
@@ -176,18 +176,18 @@ left.legend()
 plt.show()
 
 # %%
-# The published code comes to 1e-4 after 101 steps and 60,600 iterations in full, and 147 steps and 37,585
-# iterations refined: the same counts. What differs is the time. There K is a part of the compiled
-# program, and the 59 values of K take 132 compilations and 23 s, against 0.66 s for the full solve (two
-# cores, JAX 0.10). Here there is one.
+# The published code comes to 1e-4 after 101 steps and 60,600 iterations in full, and 147 steps
+# and 37,585 iterations refined: the same counts. What differs is the time. There K is a part of
+# the compiled program, and the 59 values of K take 132 compilations and 23 s, against 0.66 s
+# for the full solve (two cores, JAX 0.10). Here there is one.
 
 # %%
 # What is different on purpose
 # ----------------------------
 #
-# **The average does not overflow.** The published one divides by (1 - α) to the power of the number of
-# entries. After about 2,150 of them, with w = 6, that is infinite, and the rule never refines again,
-# without a word. Here it is a recursion.
+# **The average does not overflow.** The published one divides by (1 - α) to the power of the
+# number of entries. After about 2,150 of them, with w = 6, that is infinite, and the rule never
+# refines again, without a word. Here it is a recursion.
 
 state = controller.init()
 for metric in np.geomspace(1.0, 1e-3, 4000):
@@ -195,17 +195,18 @@ for metric in np.geomspace(1.0, 1e-3, 4000):
 print("after 4,000 entries the average is", f"{float(state.smoothed[int(state.newest)]):.2e}")
 
 # %%
-# **An entry that is no number is left out.** NaN, infinite and negative metrics hold the level and are
-# counted, where in the published rule one NaN stays in the average for good.
+# **An entry that is no number is left out.** NaN, infinite and negative metrics hold the level
+# and are counted, where in the published rule one NaN stays in the average for good.
 
 state = controller.update(state, float("nan"))
 print("left out:", int(state.rejected))
 
 # %%
-# **The adjoint has a tolerance of its own.** The published Navier–Stokes training hands GMRES the primal's
-# absolute tolerance for the adjoint, too. The adjoint's right-hand side is the gradient of a loss, and
-# ten times smaller than that tolerance: its GMRES stops before its first cycle, and the gradient through
-# the solver is exactly zero. This is what it looks like, and what it looks like here:
+# **The adjoint has a tolerance of its own.** The published Navier–Stokes training hands GMRES
+# the primal's absolute tolerance for the adjoint, too. The adjoint's right-hand side is the
+# gradient of a loss, and ten times smaller than that tolerance: its GMRES stops before its
+# first cycle, and the gradient through the solver is exactly zero. This is what it looks like,
+# and what it looks like here:
 
 import jax
 import jax.numpy as jnp
@@ -239,8 +240,8 @@ print(f"relative tolerance: {jax.grad(here)(1.0):.6f}")
 print(f"exact:              {exact:.6f}")
 
 # %%
-# **Epochs are not built in.** The rule is called by the loop, and counts what it is called with. Where an
-# epoch has few updates, call it less often, or more; ``bl.AutomaticRefinement`` counts updates and work and
-# has no thresholds to set: :doc:`/automatic`.
+# **Epochs are not built in.** The rule is called by the loop, and counts what it is called
+# with. Where an epoch has few updates, call it less often, or more; ``bl.AutomaticRefinement``
+# counts updates and work and has no thresholds to set: :doc:`/automatic`.
 #
 # What all of this came to on the published experiments: :doc:`/results`.

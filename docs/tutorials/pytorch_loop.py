@@ -32,9 +32,9 @@ print(type(state).__name__, {name: value.tolist() for name, value in state._asdi
 # A loop in PyTorch
 # -----------------
 #
-# The heat problem of :doc:`jax_loop`, with Jacobi's method written in PyTorch and differentiated by
-# unrolling: the loop runs as often as the controller says, and autograd goes back through it. PyTorch
-# compiles nothing here, so another count costs nothing.
+# The heat problem of :doc:`jax_loop`, with Jacobi's method written in PyTorch and
+# differentiated by unrolling: the loop runs as often as the controller says, and autograd goes
+# back through it. PyTorch compiles nothing here, so another count costs nothing.
 #
 # PyTorch is no requirement of this package. Where it is not installed, as it may be where this page
 # was built, the functions below are defined and not called.
@@ -113,7 +113,7 @@ else:
 # What is not there yet
 # ---------------------
 #
-# Estimates of the error, statuses and implicit gradients come from ``bl.solve``, which takes JAX arrays. An
-# inner problem that is written in JAX can be called from PyTorch through DLPack
-# (``jax.dlpack.from_dlpack``, ``torch.from_dlpack``) inside a ``torch.autograd.Function`` of your own; an adapter
-# that does so is planned and not part of this version.
+# Estimates of the error, statuses and implicit gradients come from ``bl.solve``, which takes
+# JAX arrays. An inner problem that is written in JAX can be called from PyTorch through DLPack
+# (``jax.dlpack.from_dlpack``, ``torch.from_dlpack``) inside a ``torch.autograd.Function`` of
+# your own; an adapter that does so is planned and not part of this version.

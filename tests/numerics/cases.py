@@ -181,10 +181,14 @@ SOLVERS = (
 )
 
 _ESTIMATED: dict[str, tuple[str, Callable[[], Any], Callable[[], Any]]] = {
-    "Unrolled, Richardson": ("linear", LINEAR["Richardson"], lambda: bl.Unrolled()),
-    "Unrolled, GradientDescent": ("minimum", lambda: bl.GradientDescent(0.9), lambda: bl.Unrolled()),
-    "Unrolled, FixedPointIteration": ("map", bl.FixedPointIteration, lambda: bl.Unrolled()),
-    "Unrolled, Newton": ("root", bl.Newton, lambda: bl.Unrolled()),
+    "Unrolled, Richardson": ("linear", LINEAR["Richardson"], bl.Unrolled),
+    "Unrolled, GradientDescent": (
+        "minimum",
+        lambda: bl.GradientDescent(0.9),
+        bl.Unrolled,
+    ),
+    "Unrolled, FixedPointIteration": ("map", bl.FixedPointIteration, bl.Unrolled),
+    "Unrolled, Newton": ("root", bl.Newton, bl.Unrolled),
     "Unrolled(last=5)": ("map", bl.FixedPointIteration, lambda: bl.Unrolled(last=5)),
     "Neumann, Richardson": ("linear", LINEAR["Richardson"], bl.Neumann),
     "Neumann, FixedPointIteration": ("map", bl.FixedPointIteration, bl.Neumann),

@@ -20,7 +20,7 @@ TRUNCATED = ("Unrolled", "OneStep, FixedPoint", "Nystrom")
 def true_residual(subject: Subject, system: System, x: Any) -> float:
     """In double precision, from the data before they were rounded to the dtype."""
     matrix, value = system.matrix, np.asarray(x, np.float64)
-    if subject.kind == "minimum":
+    if subject.kind in {"minimum", "composite"}:
         matrix = (matrix + matrix.T) / 2
     with np.errstate(all="ignore"):
         left = system.rhs - matrix @ value

@@ -41,7 +41,7 @@ def draw(kind: str, rate: float, seed: int, *, gap: bool) -> tuple[np.ndarray, n
     elif kind == "symmetric":
         matrix = rate * (rotation * values) @ rotation.T
     elif gap:
-        basis = rotation + 0.5 * np.triu(random.standard_normal((N, N)), 1)
+        basis = rotation + 0.2 * np.triu(random.standard_normal((N, N)), 1)
         matrix = rate * basis @ np.diag(values) @ np.linalg.inv(basis)
     else:
         matrix = random.standard_normal((N, N))

@@ -1,4 +1,4 @@
-"""The numerical matrix under `jax.grad`: a failed adjoint is never a gradient, least of all zero."""
+"""The numerical matrix under `jax.grad`: a failed adjoint is never a gradient, and never zero."""
 
 import jax
 import jax.numpy as jnp

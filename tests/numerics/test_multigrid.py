@@ -68,15 +68,15 @@ def test_multigrid_says_no_more_than_is_true(name, dtype, count):
             adjoint_budget=budget,
             probe=probe,
         )
-        return jnp.sum(weight * solution.value), solution
+        left = problem.at(theta).residual(solution.value)  # here, for Diffusion refuses bad numbers
+        return jnp.sum(weight * solution.value), (solution, jnp.linalg.norm(left))
 
     derivative = jitted(jax.grad(value, argnums=(0, 1), has_aux=True))
     violations = []
     for case, data in cases().items():
         theta = tuple(jnp.asarray(part, dtype) for part in data)
-        (gradient, report), solution = derivative(theta, bl.Probe.zeros())
+        (gradient, report), (solution, residual) = derivative(theta, bl.Probe.zeros())
         status = bl.Status(int(solution.status))
-        residual = float(jnp.linalg.norm(problem.at(theta).residual(solution.value)))
         size = float(jnp.sqrt(sum(jnp.sum(part**2) for part in gradient)))
         where = f"{name}, {dtype}, {case}: {status.name}, |gradient| {size:.1e}"
         if status is bl.Status.CONVERGED and not residual <= 10 * float(solution.tolerance):
