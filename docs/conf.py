@@ -50,6 +50,7 @@ sphinx_gallery_conf = {
     "abort_on_example_error": False,
     "download_all_examples": False,
     "show_memory": False,
+    "write_computation_times": False,
     "parallel": 2,
     "min_reported_time": 5,
     "remove_config_comments": True,

@@ -16,7 +16,7 @@ built.
    * - anything, and no reason to do otherwise
      - ``bl.Implicit()``
      - memory does not grow with the iterations; the adjoint has a solver and budget of its own
-   * - few inner steps, or the truncated computation *is* the model (learnt optimizers, meta-learning)
+   * - few inner steps, or the truncated computation *is* the model, as of learnt optimizers
      - ``bl.Unrolled()``
      - the exact derivative of what was computed, whether or not it is near a solution
    * - the same, and memory is short
