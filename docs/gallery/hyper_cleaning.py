@@ -2,7 +2,7 @@
 Finding wrong labels
 ====================
 
-A third of the labels are wrong. A softmax regression is fitted to weighted samples, and the
+Three tenths of the labels are wrong. A softmax regression is fitted to weighted samples, and the
 weights are learnt from a few samples whose labels are right: those that pull the fit away lose
 theirs.
 """
