@@ -33,6 +33,7 @@ from .outer.diagnostics import diagnose as diagnose
 from .outer.finding import Finding as Finding
 from .outer.history import History as History
 from .outer.history import Record as Record
+from .outer.mlflow import MLflow as MLflow
 from .outer.optimize import NonFiniteError as NonFiniteError
 from .outer.optimize import optimize as optimize
 from .outer.plotting import plot_runs as plot_runs
@@ -40,6 +41,7 @@ from .outer.report.page import write_report as write_report
 from .outer.run import Run as Run
 from .outer.simultaneous import Simultaneous as Simultaneous
 from .outer.task import Task as Task
+from .outer.tensorboard import TensorBoard as TensorBoard
 from .outer.warm_starts import WarmStart as WarmStart
 from .outer.warm_starts import WarmStarts as WarmStarts
 from .probe import AdjointProbe as AdjointProbe

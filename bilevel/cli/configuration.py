@@ -52,11 +52,17 @@ class Configuration(Settings):
 
 
 class RunConfiguration(Configuration):
-    """Of `bilevel run`."""
+    """Of `bilevel run`.
+
+    - `tensorboard`: directory of event files for TensorBoard.
+    - `mlflow`: tracking server or store of MLflow.
+    """
 
     policy: str | None = None
     seed: Seed = 0
     checkpoints: Checkpoints = Checkpoints()
+    tensorboard: Name | None = None
+    mlflow: Name | None = None
 
 
 class CompareConfiguration(Configuration):
@@ -274,6 +280,8 @@ _OPTIONS = {
     "checkpoint_seconds": "checkpoints.seconds",
     "keep": "checkpoints.last",
     "strict": "checkpoints.strict",
+    "tensorboard": "tensorboard",
+    "mlflow": "mlflow",
     "seeds": "seeds",
     "target": "target",
     "margin": "margin",
@@ -295,6 +303,7 @@ def _apply(
     if isinstance(found, RunConfiguration):
         options.policy, options.seed = found.policy, found.seed
         options.checkpoints = found.checkpoints
+        options.tensorboard, options.mlflow = found.tensorboard, found.mlflow
     else:
         options.policies = None if found.policies is None else ",".join(found.policies)
         options.seeds = tuple(found.seeds)

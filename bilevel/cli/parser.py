@@ -113,6 +113,8 @@ def _parsers() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
         metavar="S",
         help="between two checkpoints (60)",
     )
+    run.add_argument("--tensorboard", metavar="DIR", help="event files for TensorBoard, into DIR")
+    run.add_argument("--mlflow", metavar="URI", help="log to this tracking server of MLflow")
     run.add_argument("--keep", type=_whole, metavar="N", help="checkpoints, besides the best (2)")
     _add_output(run)
 

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from rich.text import Text
 
@@ -20,13 +21,17 @@ from bilevel.cli.training import (
 )
 from bilevel.outer.archive import ResumeError
 from bilevel.outer.assignment import controller_for, default_policy
+from bilevel.outer.callbacks import Callback
+from bilevel.outer.checkpoints.sharded import orbax_library
 from bilevel.outer.checkpoints.store import has_checkpoints
 from bilevel.outer.diagnostics import diagnose
 from bilevel.outer.finding import Weight
+from bilevel.outer.mlflow import MLflow
 from bilevel.outer.optimize import NonFiniteError, optimize
 from bilevel.outer.policy import parse_policy
 from bilevel.outer.run import INTERRUPTED as STATUS_INTERRUPTED
 from bilevel.outer.run import Run, holds_run
+from bilevel.outer.tensorboard import TensorBoard
 
 
 def run(options: argparse.Namespace) -> int:
@@ -48,6 +53,8 @@ def run(options: argparse.Namespace) -> int:
     directory = directory_for(options, f"{task.name}-{policy.text}")
     _check_directory(options, directory)
     make_directory(directory)
+    kept = KeepConfiguration(directory, options, configuration, file)
+    callbacks = [kept, *_trackers(options, {"policy": policy.text, **kept.effective})]
     try:
         with leaving_on_signals() as leaving, file.guard():
             outcome = optimize(
@@ -62,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
                 resume=options.resume,
                 label=policy.text,
                 checkpoints=options.checkpoints,
-                callbacks=[KeepConfiguration(directory, options, configuration, file)],
+                callbacks=callbacks,
             )
     except (ResumeError, FileExistsError) as error:
         raise UsageError(str(error).removeprefix("optimize: ")) from error
@@ -91,6 +98,24 @@ def _advice(outcome: Run) -> list[Text]:
         for each in found
         if each.weight is not Weight.NOTE
     ]
+
+
+def _trackers(options: argparse.Namespace, parameters: dict[str, Any]) -> list[Callback]:
+    """What else is to be told of the run.
+
+    **Raises:** `UsageError` where its library is not installed.
+    """
+    found: list[Callback] = []
+    try:
+        if options.tensorboard is not None:
+            found.append(TensorBoard(options.tensorboard, parameters))
+        if options.mlflow is not None:
+            found.append(MLflow(options.mlflow, parameters=parameters))
+        if options.checkpoints.backend == "orbax":
+            orbax_library()
+    except ImportError as error:
+        raise UsageError(str(error)) from error
+    return found
 
 
 def _check_options(options: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -98,6 +99,8 @@ def make_directory(directory: Path | None) -> None:
 class KeepConfiguration(Callback):
     """Keeps what a command was run with, defaults included, once its run has the directory.
 
+    - `effective`: the configuration.
+
     **Arguments:**
 
     - `directory`: of the results; `None` keeps nothing.
@@ -113,6 +116,7 @@ class KeepConfiguration(Callback):
     ):
         effective = configuration.model_dump(mode="json")
         effective["task"] = file.effective
+        self.effective: dict[str, Any] = effective
         content = {"command": options.command, "file": str(options.task)}
         self._content = json.dumps({**content, "configuration": effective}, indent=2)
         self._file = None if directory is None else directory.absolute() / CONFIGURATION_FILE

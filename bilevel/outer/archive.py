@@ -1,19 +1,21 @@
 """Archive: the directory that a run keeps itself in while it goes on."""
 
+import math
 import os
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxtyping import PyTree
 
 from bilevel.outer.checkpoints.durable import naming, sweep
 from bilevel.outer.checkpoints.owner import Owner
 from bilevel.outer.checkpoints.settings import Checkpoints
-from bilevel.outer.checkpoints.store import Moment, OtherRunError, Store
-from bilevel.outer.history import History, Record, line_of
+from bilevel.outer.checkpoints.store import Moment, Store, Stored
+from bilevel.outer.fingerprint import OtherRunError
+from bilevel.outer.history import History
 from bilevel.outer.run import HISTORY_FILE, SUMMARY_FILE, THETA_FILE, Run
 
 
@@ -57,17 +59,26 @@ class Mark(NamedTuple):
     - `place`: epochs finished, and updates made in the one under way.
     - `state`: makes the pytree of arrays to keep; called where it is needed.
     - `metric`: after the last finished epoch.
-    - `records`: bytes of history that belong to it.
+    - `records`: how many records of the history belong to it.
+    - `callbacks`: their states, as JSON.
     """
 
     place: Moment
     state: Callable[[], PyTree]
     metric: float | None
     records: int = 0
+    callbacks: bytes = b""
+
+
+_EVERY = 1.0
+"""Seconds between two writes of records."""
+
+_MOST = 1024
+"""Records that are written at once."""
 
 
 class Archive:
-    """Keeps a run: each record at once, and checkpoints as often as is asked for.
+    """Keeps a run: its records within a second, and checkpoints as often as is asked for.
 
     What cannot be written while the run goes on is said, and tried again: only at the end is it
     an error.
@@ -86,16 +97,25 @@ class Archive:
         self.directory = None if directory is None else directory.absolute()
         self._settings = checkpoints
         self._store = (
-            None if directory is None else Store(directory.absolute(), begun_with, checkpoints.last)
+            None
+            if directory is None
+            else Store(
+                directory.absolute(),
+                begun_with,
+                checkpoints.last,
+                orbax=checkpoints.backend == "orbax",
+            )
         )
         self._owner: Owner | None = None
         self._history: int | None = None
-        self._lines = bytearray()
-        self._flushed = 0
+        self._records = History()
+        self._written = self._bytes = 0  # records on disk, and their length
+        self._flushed = 0.0
         self._saved = time.monotonic()
         self._best: tuple[float, Moment] | None = None
         self._better: Mark | None = None
         self._say: Callable[[str], None] = _warn
+        self._compilations: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self._complained = False
         self._damage: list[str] = []
 
@@ -117,17 +137,23 @@ class Archive:
             self._owner.release()
             self._owner = None
 
-    def open(self, history: History, say: Callable[[str], None]) -> None:
+    def open(
+        self,
+        history: History,
+        say: Callable[[str], None],
+        compilations: Callable[[], tuple[int, int]],
+    ) -> None:
         """Begin, with the records of an earlier part of the run or none.
 
         **Arguments:**
 
-        - `history`: of the earlier part.
+        - `history`: of the earlier part; what is appended to it is kept.
         - `say`: tells what must not be missed.
+        - `compilations`: how many there were so far, of the update and of all else.
         """
         if self.directory is None or self._store is None:
             return
-        self._say = say
+        self._say, self._compilations = say, compilations
         sweep(self.directory)
         for line in self._damage:
             say(line)
@@ -139,7 +165,7 @@ class Archive:
             for name in (THETA_FILE, SUMMARY_FILE, HISTORY_FILE):
                 (self.directory / name).unlink(missing_ok=True)
             self._store.clear()
-        self._lines = bytearray(b"".join(line_of(record) for record in history))
+        self._records = history
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         self._history = os.open(self.directory / HISTORY_FILE, flags, 0o644)
         self._flush()
@@ -151,32 +177,40 @@ class Archive:
         return self._history is not None and waited >= self._settings.seconds
 
     @property
-    def records(self) -> int:
-        """Bytes of history so far."""
-        return len(self._lines)
+    def keeps(self) -> bool:
+        """Whether there is a directory to keep anything in."""
+        return self.directory is not None
 
-    def add(self, record: Record) -> None:
-        """Keep a record."""
-        if self._history is not None:
-            self._lines += line_of(record)
-            self._flush()
-
-    def ended_epoch(self, mark: Mark) -> None:
-        """Look whether an epoch ended better than all before it, and save if that is due."""
+    def grew(self) -> None:
+        """The history has another record: write it, or let it wait a moment for others."""
         if self._history is None:
             return
-        if self._settings.best and mark.metric is not None and mark.metric == mark.metric:
-            lowest = self._better.metric if self._better is not None else None
-            if lowest is None and self._best is not None:
-                lowest = self._best[0]
-            if lowest is None or mark.metric < lowest:
-                # Kept in memory until a checkpoint is due: a metric may fall in every epoch.
-                self._better = mark._replace(state=_once(mark.state))
+        # Those in columns at once: as single ones they would take three times as long.
+        if self._records.packed > self._written or time.monotonic() - self._flushed >= _EVERY:
+            self._flush()
+
+    def wants(self, metric: float | None) -> bool:
+        """Whether the end of an epoch with this metric is to be told with a mark."""
+        return self._history is not None and (self.due or self._improves(metric))
+
+    def ended_epoch(self, mark: Mark) -> None:
+        """Remember an epoch that ended better than all before it, and save if that is due."""
+        if self._improves(mark.metric):
+            # Kept in memory until a checkpoint is due: a metric may fall in every epoch.
+            self._better = mark
         if self.due:
             self.save(mark)
 
+    def _improves(self, metric: float | None) -> bool:
+        if not self._settings.best or metric is None or math.isnan(metric):
+            return False
+        if self._better is not None and self._better.metric is not None:
+            return metric < self._better.metric
+        return self._best is None or metric < self._best[0]
+
     def save(self, mark: Mark) -> None:
         """Write a checkpoint; what goes wrong is said."""
+        self._flush()
         try:
             self._save(mark)
         except OSError as error:
@@ -207,8 +241,8 @@ class Archive:
             msg = f"the run could not be kept: {in_words(failures[0])}"
             raise NotKeptError(msg, run) from failures[0]
 
-    def restore(self, like: Callable[[Moment], PyTree]) -> tuple[Moment, PyTree, History]:
-        """The newest checkpoint that is whole, and the records up to it.
+    def restore(self, like: Callable[[Moment], PyTree]) -> Stored:
+        """The newest checkpoint that is whole.
 
         **Arguments:**
 
@@ -220,7 +254,7 @@ class Archive:
         assert self._store is not None
         try:
             found = self._store.newest(like, strict=self._settings.strict)
-            history = _ending_with(found.place.epoch, found.history)
+            _check_end(found.place.epoch, found.history)
         except OtherRunError as error:
             msg = (
                 f"optimize: {self.directory} holds a run of something else: {error}. Go on with "
@@ -231,7 +265,7 @@ class Archive:
             msg = f"optimize: cannot go on with the run in {self.directory}: {error}"
             raise ResumeError(msg) from error
         self._damage = [f"{line}; the one before is taken" for line in found.damaged]
-        return found.place, found.state, history
+        return found
 
     def _save(self, mark: Mark) -> None:
         assert self._store is not None
@@ -249,8 +283,15 @@ class Archive:
 
     def _keep(self, mark: Mark) -> None:
         assert self._store is not None
-        lines = bytes(self._lines[: mark.records])
-        self._store.save(mark.place, mark.state(), lines, mark.metric)
+        self._store.save(
+            mark.place,
+            mark.state(),
+            self._records,
+            mark.metric,
+            records=mark.records,
+            callbacks=mark.callbacks,
+            compilations=self._compilations(),
+        )
 
     def _flush(self) -> None:
         try:
@@ -261,29 +302,28 @@ class Archive:
                     f"the history could not be written, and is tried again: {in_words(error)}"
                 )
             self._complained = True
+        # Also where it failed: a full disk should not be tried at every epoch.
+        self._flushed = time.monotonic()
 
     def _write(self) -> None:
         """Append what is not on disk yet; what a failed write left there is written over."""
         assert self._history is not None
-        while self._flushed < len(self._lines):
-            rest = self._lines[self._flushed :]
-            try:
-                self._flushed += os.pwrite(self._history, rest, self._flushed)
-            except OSError as error:
-                raise naming(error, (self.directory or Path()) / HISTORY_FILE) from None
+        while self._written < len(self._records):
+            last = min(self._written + _MOST, len(self._records))
+            rest, place = memoryview(self._records.lines(self._written, last)), self._bytes
+            while rest:
+                try:
+                    count = os.pwrite(self._history, rest, place)
+                except OSError as error:
+                    raise naming(error, (self.directory or Path()) / HISTORY_FILE) from None
+                rest, place = rest[count:], place + count
+            self._written, self._bytes = last, place
 
 
-def _ending_with(epoch: int, lines: bytes) -> History:
-    history = History.decode(lines, HISTORY_FILE)
+def _check_end(epoch: int, history: History) -> None:
     if not history or history[-1].epoch != epoch:
         msg = f"the checkpoint's history does not end with epoch {epoch}"
         raise ValueError(msg)
-    return history
-
-
-def _once(make: Callable[[], Any]) -> Callable[[], Any]:
-    made = make()
-    return lambda: made
 
 
 def in_words(error: OSError) -> str:

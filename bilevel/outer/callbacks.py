@@ -4,7 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from jaxtyping import PyTree
 
@@ -57,7 +57,8 @@ class Callback:
     """Base of callbacks: override what is needed.
 
     A callback that keeps state across epochs should reset it in `start`, for one object
-    may serve several runs.
+    may serve several runs. With `state` and `restore` a run that is broken off and resumed
+    goes on as if it had not been.
 
     >>> import bilevel as bl, optax
     >>> class Watch(Callback):
@@ -74,6 +75,17 @@ class Callback:
 
     def epoch(self, event: Event) -> None:
         """After every epoch."""
+
+    def state(self) -> Any:
+        """What to keep with every checkpoint, asked for after every epoch; nothing by default.
+
+        Plain data, as JSON has it: numbers, text, lists, and dictionaries by text; a tuple
+        comes back as a list.
+        """
+        return None
+
+    def restore(self, state: Any) -> None:
+        """Go on from what `state` gave; called after `start` when a run is resumed."""
 
     def end(self, run: Run) -> None:
         """When training is over, however it ended; the run is complete but not yet saved."""

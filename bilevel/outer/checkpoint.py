@@ -4,6 +4,7 @@ import io
 import os
 import zipfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,10 @@ def load_arrays(path: str | os.PathLike[str], like: PyTree) -> PyTree:
     return fitted(path, read_arrays(path), like)
 
 
-def fitted(path: object, arrays: dict[str, np.ndarray], like: PyTree) -> PyTree:
+def fitted(path: object, arrays: Mapping[str, Any], like: PyTree) -> PyTree:
     """The arrays of an archive, read already, in the structure they were written from.
+
+    Those of NumPy go where the leaves of `like` are; those of JAX stay where they are.
 
     **Raises:** `ValueError` naming the leaves that differ, and the `path`.
     """
@@ -144,7 +147,7 @@ def _to_numpy(leaf: Any) -> tuple[np.ndarray, str]:
     return np.ascontiguousarray(array).view(bits).reshape(array.shape), f"{_TAG}{array.dtype.name}"
 
 
-def _restore(path: object, name: str, array: np.ndarray, leaf: Any) -> Any:
+def _restore(path: object, name: str, array: Any, leaf: Any) -> Any:
     if _is_key(leaf):
         return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf))
     shape, dtype = np.shape(leaf), np.dtype(leaf.dtype)
@@ -154,7 +157,7 @@ def _restore(path: object, name: str, array: np.ndarray, leaf: Any) -> Any:
             f"{dtype}{list(shape)} is expected. Load it into what it was saved from."
         )
         raise ValueError(msg)
-    if not isinstance(leaf, jax.Array):
-        return array
+    if not isinstance(leaf, jax.Array) or isinstance(array, jax.Array | jax.ShapeDtypeStruct):
+        return array  # put where it belongs already
     # Where it was asked to be; what nobody asked for is the default device's.
     return jax.device_put(array, leaf.sharding) if leaf.committed else jnp.asarray(array)

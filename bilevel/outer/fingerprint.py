@@ -18,6 +18,10 @@ _SHOWN = 3
 _ABSENT = "absent"
 
 
+class OtherRunError(ValueError):
+    """A checkpoint is whole, and of a run that was begun with something else."""
+
+
 def fingerprint(task: Task, optimizer: Any, controller: Any, seed: int) -> dict[str, str]:
     """What must be the same for a run to go on, in words, by where it stands.
 

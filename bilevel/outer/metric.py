@@ -1,11 +1,16 @@
 """Metric: what `validate` returned, as the host and a controller take it."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
+
+from bilevel.outer.executable import Executable
 
 
 def real_number(value: Any) -> np.generic | float:
@@ -29,3 +34,27 @@ def real_number(value: Any) -> np.generic | float:
 def widened(metric: Any) -> Any:
     """Shape and dtype of a metric as `real_number` leaves it."""
     return metric if metric.dtype in (jnp.float32, jnp.float64) else math.nan
+
+
+def compiled_validation(
+    validate: Callable[[Any], Any], static: PyTree
+) -> Executable[[PyTree], Any]:
+    """A metric of the trained part of the parameters, compiled when it is first called.
+
+    **Arguments:**
+
+    - `validate`: a task's.
+    - `static`: the part of its parameters that is not trained.
+    """
+
+    def outer_validation(trained: PyTree) -> Any:
+        try:
+            return validate(eqx.combine(trained, static))
+        except jax.errors.JAXTypeError as error:
+            error.add_note(
+                "validate leaves JAX: give the task jit_validate=False, and it is called with "
+                "concrete parameters instead of being compiled."
+            )
+            raise
+
+    return Executable(outer_validation)

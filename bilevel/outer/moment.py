@@ -20,7 +20,8 @@ class Passed(NamedTuple):
     - `place`: epochs finished, and updates made in the one under way.
     - `state`, `controller`, `tally`: as they were.
     - `metric`: after the last finished epoch.
-    - `records`: bytes of history.
+    - `records`: how many there were.
+    - `callbacks`: their states.
     """
 
     place: Moment
@@ -29,6 +30,7 @@ class Passed(NamedTuple):
     tally: TallyMark
     metric: Any
     records: int
+    callbacks: bytes
 
     def kept(self) -> PyTree:
         """All that training after this moment depends on, as a pytree of arrays."""
@@ -44,4 +46,4 @@ class Passed(NamedTuple):
     def mark(self) -> Mark:
         """For a checkpoint."""
         metric = None if self.metric is None else float(self.metric)
-        return Mark(self.place, self.kept, metric, self.records)
+        return Mark(self.place, self.kept, metric, self.records, self.callbacks)

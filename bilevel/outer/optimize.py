@@ -81,7 +81,7 @@ def optimize(
     - `optimizer`: any optax optimizer; the task's by default.
     - `controller`: decides the fidelity; by default the task's own, else the full solve.
     - `epochs`: how many in all; the task's by default.
-    - `directory`: where to keep `history.jsonl` (written after every epoch),
+    - `directory`: where to keep `history.jsonl` (at most a second behind),
         `theta.npz`, `summary.json` and checkpoints; `None` keeps nothing. One run at a time
         has a directory.
     - `seed`: of the random keys that batches get, >= 0.

@@ -78,11 +78,13 @@ class Lines:
         self._last = 0.0
         self._title = self._metric = ""
         self._epochs = 0
+        self._left = _TimeLeft()
 
     def start(self, title: str, epochs: int, metric_name: str, done: int = 0) -> None:
         """Say what runs."""
         self._title, self._metric, self._epochs = title, metric_name, epochs
         self._last = -self._interval
+        self._left = _TimeLeft()
         resumed = f", resumed after epoch {done}" if done else ""
         self._print(f"{title}: {epochs} epochs{resumed}")
 
@@ -95,10 +97,12 @@ class Lines:
     def epoch(self, record: Record, work: int | None) -> None:
         """Print a line if the last one is long enough ago, or this is the last epoch."""
         now = time.monotonic()
+        left = self._left.after(record.epoch, self._epochs, now)
         if now - self._last < self._interval and record.epoch < self._epochs:
             return
         self._last = now
-        self._print(f"  {_line(record, self._epochs, self._metric, work)}")
+        remaining = "" if left is None else f", {text.seconds(left)} s left"
+        self._print(f"  {_line(record, self._epochs, self._metric, work)}{remaining}")
 
     def note(self, message: str) -> None:
         """Print it."""
@@ -109,6 +113,22 @@ class Lines:
 
     def _print(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class _TimeLeft:
+    """How long the epochs that are left take, if they take as long as those since the first."""
+
+    def __init__(self) -> None:
+        self._first: tuple[int, float] | None = None
+
+    def after(self, epoch: int, epochs: int, now: float) -> float | None:
+        """Seconds; `None` before two epochs can be told apart, and when all are over."""
+        if self._first is None:
+            # The first holds compilation.
+            self._first = (epoch, now) if epoch else None
+            return None
+        first, then = self._first
+        return (now - then) / (epoch - first) * (epochs - epoch) if first < epoch < epochs else None
 
 
 class Live:
@@ -215,12 +235,18 @@ def _numbers(record: Record, metric_name: str, work: int | None) -> str:
     parts = [f"{metric_name} {text.number(record.metric)}"]
     if record.loss is not None:
         parts.append(f"loss {text.number(record.loss)}")
+    if record.gradient_norm is not None:
+        # An error as large as the gradient leaves nothing of its direction.
+        error = "" if record.error is None else f" ± {text.number(record.error)}"
+        parts.append(f"gradient {text.number(record.gradient_norm)}{error}")
     if record.budget_iterations is not None:
         budget = text.budget(record.budget_iterations, record.budget_rtol, record.budget_atol)
         level = "" if record.level is None else f"level {record.level}, "
         parts.append(f"{level}budget {budget}")
     if work is not None:
         parts.append(f"Σ {work:,} iterations")
+        spent = f"primal {text.count(record.primal_iterations)}"
+        parts.append(f"{spent}, adjoint {text.count(record.adjoint_iterations)} in this epoch")
     if record.nonfinite:
         updates = "update" if record.nonfinite == 1 else "updates"
         parts.append(f"{record.nonfinite} {updates} skipped (not finite)")

@@ -291,7 +291,7 @@ def summarize(
     - `unfinished`: numbers of an epoch that was broken off, by the names of a record.
     - the others: fields of the summary.
     """
-    metrics = [record.metric for record in history if record.metric is not None]
+    metrics = [metric for metric in history.values("metric") if metric is not None]
     sums: dict[str, Any] = {name: _sum(history.total(name), unfinished.get(name)) for name in _SUMS}
     return Summary(
         task=task,

@@ -3,7 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,15 +13,17 @@ from bilevel.outer.update import ERRORS, REPORT
 _PLACE = {name: place for place, name in enumerate(REPORT)}
 _COUNTS = tuple(REPORT[REPORT.index("solves") :])
 _WORK = tuple(name for name in _COUNTS if name.endswith(("iterations", "applications")))
+_IS_WORK = np.array([name in _WORK for name in REPORT])
 _RESIDUALS = ("primal_residual", "adjoint_residual")
 
 
 class Mark(NamedTuple):
-    """A tally at some moment."""
+    """A tally at some moment; its arrays are nobody's to change."""
 
-    counts: list[int]
-    inner: list[int]
-    sums: list[Any]
+    counts: tuple[int, ...]
+    over_made: np.ndarray
+    over_all: np.ndarray
+    squared_noise: float
     reported: np.ndarray
     waiting: tuple[jax.Array, ...]
 
@@ -67,20 +69,28 @@ class Tally:
     def mark(self) -> "Mark":
         """All there is so far, to return to; costs next to nothing."""
         return Mark(
-            [self.updates, self.nonfinite, self.made, self.longest, self.streak_failures],
-            [self._streak, self._noises],
-            [self._over_made.copy(), self._over_all.copy(), np.float64(self._squared_noise)],
-            self._reported.copy(),
+            (
+                self.updates,
+                self.nonfinite,
+                self.made,
+                self.longest,
+                self.streak_failures,
+                self._streak,
+                self._noises,
+            ),
+            self._over_made,
+            self._over_all,
+            self._squared_noise,
+            self._reported,
             tuple(self._waiting),
         )
 
     def return_to(self, mark: "Mark") -> None:
         """As it was then."""
-        (self.updates, self.nonfinite, self.made, self.longest, self.streak_failures) = mark.counts
-        self._streak, self._noises = mark.inner
-        self._over_made, self._over_all = (part.copy() for part in mark.sums[:2])
-        self._squared_noise = float(mark.sums[2])
-        self._reported = mark.reported.copy()
+        self.updates, self.nonfinite, self.made, self.longest = mark.counts[:4]
+        self.streak_failures, self._streak, self._noises = mark.counts[4:]
+        self._over_made, self._over_all = mark.over_made, mark.over_all
+        self._squared_noise, self._reported = mark.squared_noise, mark.reported
         self._waiting = deque(mark.waiting)
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -88,19 +98,19 @@ class Tally:
         self.finish()
         mark = self.mark()
         return {
-            "counts": np.array([*mark.counts, *mark.inner], np.int64),
-            "sums": np.stack(mark.sums[:2]),
-            "squared_noise": np.asarray(mark.sums[2], np.float64),
+            "counts": np.array(mark.counts, np.int64),
+            "sums": np.stack([mark.over_made, mark.over_all]),
+            "squared_noise": np.asarray(mark.squared_noise, np.float64),
             "reported": mark.reported,
         }
 
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
         """From a checkpoint."""
-        counts = [int(count) for count in np.asarray(arrays["counts"])]
+        counts = tuple(int(count) for count in np.asarray(arrays["counts"]))
         made, over_all = np.asarray(arrays["sums"], np.float64)
-        sums = [made, over_all, np.float64(np.asarray(arrays["squared_noise"]))]
+        noise = float(np.asarray(arrays["squared_noise"]))
         reported = np.asarray(arrays["reported"], bool)
-        self.return_to(Mark(counts[:5], counts[5:], sums, reported, ()))
+        self.return_to(Mark(counts, made, over_all, noise, reported, ()))
 
     def add(self, report: jax.Array) -> None:
         """Take the report of an update, and read those that are ready."""
@@ -113,8 +123,7 @@ class Tally:
         row = np.asarray(report, dtype=np.float64)
         row = np.where(np.isfinite(row), row, 0.0)
         # Residuals are means over solves, of which these are no part.
-        for name in _WORK:
-            self._over_all[_PLACE[name]] += row[_PLACE[name]]
+        self._over_all = self._over_all + np.where(_IS_WORK, row, 0.0)
 
     def finish(self) -> None:
         """Wait for the updates under way and read their reports."""
@@ -148,10 +157,12 @@ class Tally:
 
     def _read(self) -> None:
         row = np.asarray(self._waiting.popleft(), dtype=np.float64)
-        self._over_all += np.where(np.isfinite(row), row, 0.0)
-        self._reported |= np.isfinite(row)
+        finite = np.isfinite(row)
+        # New arrays each time: marks keep the old ones.
+        self._over_all = self._over_all + np.where(finite, row, 0.0)
+        self._reported = self._reported | finite
         if row[_PLACE["finite"]]:
-            self._over_made += row
+            self._over_made = self._over_made + row
             noise = row[_PLACE["gradient_noise"]]
             if math.isfinite(noise):
                 self._squared_noise += noise**2

@@ -20,14 +20,14 @@ from bilevel.outer.checkpoint import is_array
 from bilevel.outer.checkpoints.settings import Checkpoints
 from bilevel.outer.checkpoints.store import Moment
 from bilevel.outer.control import Control, strong
-from bilevel.outer.executable import Executable
 from bilevel.outer.fingerprint import fingerprint
 from bilevel.outer.giving_up import given_up, skipped
 from bilevel.outer.gradients import GradientComparison, Place
-from bilevel.outer.history import History, Record
+from bilevel.outer.history import History, Record, record_of
 from bilevel.outer.limits import limits
+from bilevel.outer.listeners import Listeners
 from bilevel.outer.machine import device_of
-from bilevel.outer.metric import real_number, widened
+from bilevel.outer.metric import compiled_validation, real_number, widened
 from bilevel.outer.moment import Passed
 from bilevel.outer.progress import Reporter, Silence, batches_in
 from bilevel.outer.run import Run, summarize
@@ -58,7 +58,7 @@ class Training:
     ):
         self._task = task
         self.settings = settings
-        self._callbacks = callbacks
+        self._listeners, self._remembered = Listeners(callbacks), dict[str, Any]()
         self._progress = progress
         self._label = label
         self._controller_name = type(controller).__name__
@@ -87,7 +87,9 @@ class Training:
             self._comparison = GradientComparison(controller, self._update, self._tally)
         else:
             self._update = WholeUpdate(task, optimizer, self._optimizer_static)
-        self._validation = self._compiled_validation() if task.jit_validate else None
+        self._validation = None
+        if task.validate is not None and task.jit_validate:
+            self._validation = compiled_validation(task.validate, self._static)
 
         self._history = History()
         begun_with = fingerprint(task, optimizer, controller, settings.seed)
@@ -98,11 +100,12 @@ class Training:
         self._metric: np.generic | float | None = None
         self._started = time.perf_counter()
         self._elapsed_before = self._compiled_before = 0.0
+        self._compilations_before = 0, 0
         self._compiled_at_record = 0.0
         self._stop_reason: str | None = None
         self._objected = False
         self._epochs_skipping = 0
-        self._passed: Passed
+        self._latest: tuple[Any, ...]
         self._pass()
 
     @contextmanager
@@ -145,17 +148,17 @@ class Training:
             self._task.metric_name,
             self._epoch,
         )
-        self._archive.open(self._history, self._tell)
+        self._archive.open(self._history, self._tell, lambda: self._compilations)
         self._prepare()
         if not self._history:
             seconds = self._validate()
             self._control.start(self._metric)
             self._record(validation_seconds=seconds)
             self._object()
-        self._call(lambda callback, event: callback.start(event))
+        self._call(lambda event: self._listeners.start(event, self._remembered))
         while self._epoch < self.settings.epochs and self._stop_reason is None:
             self._train_epoch()
-            self._call(lambda callback, event: callback.epoch(event))
+            self._call(self._listeners.epoch)
 
     def end(self, status: str, message: str) -> Run:
         """Close, and keep what was done so far.
@@ -176,14 +179,12 @@ class Training:
             seconds=self._elapsed,
             compile_seconds=self._compiled_before + self._compile_seconds,
             device=device_of(self._state.trained),
-            compilations=self._update.count,
-            other_compilations=self._control.compilations
-            + (0 if self._validation is None else self._validation.count),
+            compilations=self._compilations[0],
+            other_compilations=self._compilations[1],
         )
         run = Run(self._theta, self._history, summary, self.settings.directory)
         try:
-            for callback in self._callbacks:
-                callback.end(run)
+            self._listeners.end(run)
         finally:
             # Before the first metric there is nothing to go on from.
             self._archive.close(run, self._passed.mark() if self._history else None)
@@ -195,7 +196,7 @@ class Training:
 
     def _prepare(self) -> None:
         """Have everything compiled at the same time, as far as shapes are known already."""
-        if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
+        if self._epoch >= self.settings.epochs or jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
             return
         metric: Any = np.float64(math.nan)
         if self._validation is not None:
@@ -205,7 +206,7 @@ class Training:
         if getattr(metric, "shape", None) != ():
             return  # refused when it is measured
         fidelity = self._control.prepare(widened(metric))
-        if fidelity is not None and self._epoch < self.settings.epochs:
+        if fidelity is not None:
             self._batches = self._task.epoch_batches(self._epoch + 1, self._key)
             first = next(self._batches)
             self._batches = itertools.chain([first], self._batches)
@@ -225,9 +226,11 @@ class Training:
             self._state = self._state.first()
         watch = self._watch()
         for batch in batches:
-            self._pass()
-            if self._archive.due:
-                self._archive.save(self._passed.mark())
+            # Before the first, it has passed at the end of the epoch before.
+            if self._batch and self._archive.keeps:
+                self._pass()
+                if self._archive.due:
+                    self._archive.save(self._passed.mark())
             self._progress.batch(self._batch + 1, count)
             report = self._step(batch)
             self._batch += 1
@@ -306,19 +309,19 @@ class Training:
 
     def _record(self, **fields: Any) -> None:
         compiled = self._compile_seconds
-        record = Record(
-            epoch=self._epoch,
-            metric=None if self._metric is None else float(self._metric),
-            rejected=self._control.rejected,
-            compile_seconds=compiled - self._compiled_at_record,
-            elapsed=self._elapsed,
-            **fields,
-        )
+        fields["epoch"] = self._epoch
+        fields["metric"] = None if self._metric is None else float(self._metric)
+        fields["rejected"] = self._control.rejected
+        fields["compile_seconds"] = compiled - self._compiled_at_record
+        fields["elapsed"] = self._elapsed
+        record = record_of(fields)
         self._compiled_at_record = compiled
-        self._archive.add(record)
         self._history.append(record)
-        self._pass()
-        self._archive.ended_epoch(self._passed.mark())
+        if self._archive.keeps:
+            self._archive.grew()
+            self._pass()
+            if self._archive.wants(record.metric):
+                self._archive.ended_epoch(self._passed.mark())
         if record.work is not None:
             self._work = record.work + (self._work or 0)
         self._progress.epoch(record, self._work)
@@ -342,8 +345,8 @@ class Training:
         if self._tally.longest >= limit:
             raise given_up(limit, self.place, self._control.fidelity, failures)
 
-    def _call(self, call: Callable[[Callback, Event], None]) -> None:
-        if not self._callbacks:
+    def _call(self, call: Callable[[Event], None]) -> None:
+        if not self._listeners:
             return
         event = Event(
             task=self._task,
@@ -353,15 +356,26 @@ class Training:
             fidelity=self._control.fidelity,
             history=self._history,
         )
-        for callback in self._callbacks:
-            call(callback, event)
+        call(event)
+        self._latest = (*self._latest[:-1], self._listeners.kept)
         self._stop_reason = event.stop_reason
 
     def _pass(self) -> None:
-        """Remember this moment: all parts of the run are of one mind in it."""
-        place = Moment(self._epoch, self._batch)
-        parts = self._state, self._control.state, self._tally.mark()
-        self._passed = Passed(place, *parts, self._metric, self._archive.records)
+        """Remember, as cheaply as can be, this moment: all parts of the run agree in it."""
+        self._latest = (
+            (self._epoch, self._batch),
+            self._state,
+            self._control.state,
+            self._tally.mark(),
+            self._metric,
+            len(self._history),
+            self._listeners.kept,
+        )
+
+    @property
+    def _passed(self) -> Passed:
+        place, *parts = self._latest
+        return Passed(Moment(*place), *parts)
 
     def restore(self) -> None:
         """Take up the run in the directory where its last checkpoint left it.
@@ -370,9 +384,9 @@ class Training:
         """
         self._control.state = self._control.blank
         self._pass()
-        place, kept, self._history = self._archive.restore(
-            lambda place: self._passed._replace(place=place).kept()
-        )
+        found = self._archive.restore(lambda place: self._passed._replace(place=place).kept())
+        place, kept, self._history = found.place, found.state, found.history
+        self._remembered, self._compilations_before = found.callbacks, found.compilations
         begun = place.epoch + (place.batch > 0)
         if begun > self.settings.epochs:
             msg = f"optimize: the run is past {place.words}. Give epochs={begun} or more."
@@ -402,6 +416,13 @@ class Training:
         validation = 0.0 if self._validation is None else self._validation.seconds
         return self._update.seconds + self._control.compile_seconds + validation
 
+    @property
+    def _compilations(self) -> tuple[int, int]:
+        """Of the update, and of validation and controller, in all lives of the run."""
+        validation = 0 if self._validation is None else self._validation.count
+        update, others = self._compilations_before
+        return update + self._update.count, others + self._control.compilations + validation
+
     def _watch(self) -> Callable[[], float]:
         """A stopwatch that does not count compilation."""
         compiled, started = self._compile_seconds, time.perf_counter()
@@ -410,23 +431,6 @@ class Training:
     def _key(self, epoch: int) -> PRNGKeyArray:
         # A key of its own for every epoch: a resumed run draws what it would have drawn.
         return jax.random.fold_in(jax.random.key(self.settings.seed), epoch)
-
-    def _compiled_validation(self) -> "Executable[[PyTree], Any] | None":
-        validate = self._task.validate
-        if validate is None:
-            return None
-
-        def outer_validation(trained: PyTree) -> Any:
-            try:
-                return validate(eqx.combine(trained, self._static))
-            except jax.errors.JAXTypeError as error:
-                error.add_note(
-                    "validate leaves JAX: give the task jit_validate=False, and it is called with "
-                    "concrete parameters instead of being compiled."
-                )
-                raise
-
-        return Executable(outer_validation)
 
     def solver_seconds(self, share: float = 0.05) -> float | None:
         """What the solves' iterations took, timed after the run; see `timing.solver_seconds`.

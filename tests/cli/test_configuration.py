@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +73,13 @@ def test_words_override_options_and_options_the_file(invoke: Invoke, name: str):
     assert found["epochs"] == 2
     assert (found["policy"], found["seed"]) == ("fixed=2", 5)
     assert found["task"] == {"scale": "0.25", "width": "7", "names": "['a', 'b']", "seed": "0"}
-    assert found["checkpoints"] == {"seconds": 5.0, "last": 9, "best": True, "strict": False}
+    assert found["checkpoints"] == {
+        "seconds": 5.0,
+        "last": 9,
+        "best": True,
+        "strict": False,
+        "backend": "safetensors",
+    }
     assert json.loads(Path("r/summary.json").read_text())["epochs"] == 2
 
 
@@ -100,6 +107,32 @@ def test_comparisons_have_theirs(invoke: Invoke):
         [3, 4],
         0.1,
     )
+
+
+def test_trackers_are_told_of_the_run_and_its_configuration(invoke: Invoke):
+    pytest.importorskip("tensorboardX")
+    Path("c.toml").write_text('tensorboard = "from-file"\n')
+    words = ("--config", "c.toml", "--quiet", "--discard", "task.scale=0.5", "--policy", "fixed=2")
+    code, _, err = invoke("run", "t.py", *words)
+    assert code == 0, err
+    (events,) = Path("from-file").glob("events.out.*")
+    for part in (b"| task.scale | 0.5 |", b"| policy | fixed=2 |", b"loss"):
+        assert part in events.read_bytes()
+    code, _, err = invoke("run", "t.py", *words, "--tensorboard", "from-option")
+    assert list(Path("from-option").glob("events.out.*"))
+
+
+def test_a_tracker_that_is_not_installed_is_misuse(invoke: Invoke, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    code, _, err = invoke("run", "t.py", "--discard", "--mlflow", "http://localhost:1")
+    assert code == 2
+    assert err.endswith("MLflow: needs mlflow-skinny: pip install mlflow-skinny.\n")
+    assert err.count("\n") == 1
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+    code, _, err = invoke("run", "t.py", "--discard", "checkpoints.backend=orbax")
+    assert code == 2
+    assert "pip install orbax-checkpoint" in err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", MODELS)

@@ -80,7 +80,7 @@ def goes_on(directory: Path, whole: bl.Run) -> None:
     if trainee.moments(directory):
         store = Store(directory, {}, 2)
         for folder in store.folders():
-            store._contents(folder, store._manifest(folder), {})
+            store.check(folder, store._manifest(folder), {})
         trainee.same(trainee.train(directory, resume=True), whole)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from bilevel.outer.checkpoints.records import decode_records
 from bilevel.outer.checkpoints.store import Store
-from bilevel.outer.history import History
 from tests.faults import trainee
 
 FULL = os.environ.get("BILEVEL_FAULTS") == "full"
@@ -96,7 +96,8 @@ def test_killed_runs_end_as_if_nobody_had_killed_them(processes: Any, tmp_path: 
             if newest:
                 store = Store(directory, {}, 2)
                 whole = store.folders()[-1]
-                content = store._contents(whole, store._manifest(whole), {})
-                History.decode(content["history.jsonl"], whole)
+                store.check(whole, store._manifest(whole), {})
+                content = (whole / "history.safetensors").read_bytes()
+                assert len(decode_records(content, whole)) == int(newest[:8]) + 1
         assert trainee.last_state(directory) == expected
     assert inside >= KILLS // 8

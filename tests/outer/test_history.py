@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from bilevel.outer.history import FIELDS, WORDS, History, HistoryWriter, Record
+from bilevel.outer.history import FIELDS, WORDS, History, HistoryWriter, Record, line_of
 
 RECORDS = st.builds(
     Record,
@@ -43,6 +44,65 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, recor
     assert all(same(a, b) for a, b in zip(read, records, strict=True))
     for line in path.read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+@pytest.mark.parametrize("count", [511, 512, 1300])
+def test_records_in_columns_are_what_they_were(count: int):
+    values = [0.0, -0.0, math.nan, math.inf, -math.inf, 5e-324, 0.1]
+    records = [
+        Record(
+            epoch=k,
+            metric=values[k % 7],
+            loss=-0.0,  # the same in all
+            gradient_norm=0.0 if k else -0.0,  # but for the sign of one
+            error=0.5 if k % 256 == 255 or k > 1024 else None,  # now and then
+            updates=2**53 + k,
+            level=2**70 if k < 256 else k,  # too large for an array
+            budget_rtol=1 if k % 2 else 1.0,  # of two types
+            elapsed=k / 3,
+        )
+        for k in range(count)
+    ]
+    found = History(records)
+    assert found.packed in (count // 256 * 256, count // 256 * 256 - 256)
+    # repr tells types, signs and NaN apart.
+    assert list(map(repr, found)) == list(map(repr, records))
+    for k in (0, 255, 256, 300, count - 1, -1, -count):
+        assert repr(found[k]) == repr(records[k])
+    assert repr(list(found[250:270])) == repr(records[250:270])
+    assert repr(found.values("level")) == repr([record.level for record in records])
+    for first, last in ((0, count), (3, 500), (256, 511)):
+        assert found.lines(first, last) == b"".join(map(line_of, records[first:last]))
+    for wrong in (count, -count - 1):
+        with pytest.raises(IndexError, match="no record"):
+            found[wrong]
+
+
+def test_a_column_at_a_time_is_written_as_a_record_at_a_time():
+    records = [
+        Record(epoch=k, metric=[0.1, math.nan, -math.inf][k % 3], static='5 % of "32"')
+        for k in range(600)
+    ]
+    found = History(records)
+    assert found._blocks[0].lines(FIELDS) == b"".join(map(line_of, records[:256]))
+
+
+def test_records_take_a_fraction_of_their_memory():
+    def record(k: int) -> Record:
+        return Record(
+            epoch=k, metric=k / 7, loss=k / 3, gradient_norm=k / 9, updates=1, level=4,
+            budget_iterations=600, primal_iterations=600, adjoint_iterations=600, solves=1,
+            primal_residual=k / 11, adjoint_residual=k / 13, seconds=k / 17, elapsed=k / 19,
+        )  # fmt: skip
+
+    tracemalloc.start()
+    try:
+        kept = History(map(record, range(5120)))
+        used = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    # Nine numbers of 8 bytes each; as objects they are 800 bytes a record.
+    assert used - 512 * 1000 < 100 * len(kept)
 
 
 def test_records_are_on_disk_at_once(tmp_path: Path):

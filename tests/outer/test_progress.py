@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from bilevel.outer.progress import Lines, Live, Silence, batches_in, reporter
+from bilevel.outer.history import Record
+from bilevel.outer.progress import Lines, Live, Silence, _TimeLeft, batches_in, reporter
 from bilevel.outer.run import Run
 
 Train = Callable[..., Run]
@@ -31,6 +32,37 @@ def test_lines_tell_the_epochs(train: Train):
     assert lines[1].startswith("  epoch 0/3  metric 3")
     assert "level 11, budget 12  Σ 42 iterations" in lines[4]
     assert len(lines) == 5
+
+
+def test_a_line_has_what_one_decides_by(train: Train):
+    records = [
+        Record(epoch=0, metric=3.0),
+        Record(
+            epoch=1, metric=2.0, loss=4.0, gradient_norm=0.5, error=0.125, level=2,
+            budget_iterations=7, primal_iterations=1400, adjoint_iterations=700, elapsed=9.0,
+        ),
+    ]  # fmt: skip
+    out = console(terminal=False)
+    lines = Lines(out, interval=0.0)
+    lines.start("made", 3, "distance")
+    lines.epoch(records[0], None)
+    lines.epoch(records[1], 2100)
+    assert text_of(out).splitlines()[2] == (
+        "  epoch 1/3  distance 2  loss 4  gradient 0.5 ± 0.125  level 2, budget 7  "
+        "Σ 2,100 iterations  primal 1,400, adjoint 700 in this epoch  9.000 s"
+    )
+
+
+def test_the_time_that_is_left_is_that_of_the_epochs_that_are_left():
+    left = _TimeLeft()
+    assert left.after(0, 10, 100.0) is None
+    assert left.after(1, 10, 160.0) is None  # with compilation
+    assert left.after(2, 10, 162.0) == 16.0
+    assert left.after(5, 10, 168.0) == 10.0
+    assert left.after(10, 10, 178.0) is None
+    resumed = _TimeLeft()
+    assert resumed.after(7, 10, 50.0) is None
+    assert resumed.after(8, 10, 53.0) == 6.0
 
 
 def test_lines_come_at_intervals_and_at_the_end(train: Train):

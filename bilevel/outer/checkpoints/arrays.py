@@ -4,15 +4,17 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
 from jaxtyping import PyTree
 
-from bilevel.outer.checkpoint import fitted, named_arrays, plain_array
+from bilevel.outer.checkpoint import named_arrays, plain_array
 from bilevel.outer.checkpoints.durable import DamagedError
 from bilevel.outer.checkpoints.manifest import LeafEntry, unique
+from bilevel.outer.checkpoints.sharding import ShardingEntry
 
 _HEADER = 2**20
 """Room that a header may take besides what each array needs in it."""
@@ -23,34 +25,41 @@ _NATIVE = frozenset(
 )
 
 
-def encode(tree: PyTree) -> tuple[bytes, dict[str, LeafEntry]]:
-    """The arrays of a pytree as a file's content, and what they are."""
+def encode(named: Mapping[str, Any]) -> bytes:
+    """Arrays by name as a file's content."""
     stored: dict[str, np.ndarray] = {}
-    entries: dict[str, LeafEntry] = {}
-    for name, leaf in named_arrays(tree).items():
+    for name, leaf in named.items():
         array = plain_array(leaf)
-        entries[name] = LeafEntry(dtype=array.dtype.name, shape=array.shape)
         native = array.dtype.name in _NATIVE
         # safetensors takes an array's memory as it lies.
         whole = np.asarray(array, dtype=array.dtype.newbyteorder("="), order="C")
         stored[name] = whole if native else whole.reshape(-1).view(np.uint8)
-    return safetensors.numpy.save(stored), entries
+    return safetensors.numpy.save(stored)
 
 
-def decode(content: bytes, entries: Mapping[str, LeafEntry], like: PyTree, where: object) -> PyTree:
-    """The pytree that was encoded.
+def entry_of(leaf: Any) -> LeafEntry:
+    """What an array is, as a manifest has it."""
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    dtype, shape = np.dtype(leaf.dtype), np.shape(leaf)
+    return LeafEntry(dtype=dtype.name, shape=shape, sharding=ShardingEntry.of(leaf))
+
+
+def decode(
+    content: bytes, entries: Mapping[str, LeafEntry], where: object
+) -> dict[str, np.ndarray]:
+    """The arrays that were encoded, by the path of their leaf.
 
     **Arguments:**
 
-    - `content`, `entries`: as `encode` gave them.
-    - `like`: a pytree of the same structure, shapes and dtypes.
+    - `content`: as `encode` gave it.
+    - `entries`: as `entry_of` gave them.
     - `where`: what it was read from, for messages.
 
-    **Raises:** [`DamagedError`][] for a file that is none; `ValueError` naming the leaves
-    that do not fit.
+    **Raises:** [`DamagedError`][] for a file that is none.
     """
     try:
-        _check_header(content)
+        check_header(content)
         stored = safetensors.numpy.load(content)
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         msg = f"{where} is no safetensors file: {error}"
@@ -58,11 +67,10 @@ def decode(content: bytes, entries: Mapping[str, LeafEntry], like: PyTree, where
     if set(stored) != set(entries):
         msg = f"{where} does not hold the arrays that its manifest names"
         raise DamagedError(msg)
-    arrays = {name: _restored(stored[name], entries[name], name, where) for name in entries}
-    return fitted(where, arrays, like)
+    return {name: _restored(stored[name], entries[name], name, where) for name in entries}
 
 
-def _check_header(content: bytes) -> None:
+def check_header(content: bytes) -> None:
     """Refuse what the format's own reader lets pass: a name that stands there twice."""
     length = int.from_bytes(content[:8], "little")
     if length <= len(content):  # its reader refuses others

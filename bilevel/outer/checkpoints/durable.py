@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,12 +12,16 @@ HIDDEN = "."
 """What begins the names of folders that are not finished, or no longer wanted."""
 
 
+_PIECE = 2**20
+
+
 class DamagedError(ValueError):
     """What is on disk is not what was written."""
 
 
-def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Make a folder of files that appears at once, after all of it has reached the disk.
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Generator[Path]:
+    """Make a folder that appears at once, after all that was put in it has reached the disk.
 
     A crash at any moment leaves either nothing of that name or everything; an unfinished
     folder has a hidden name, which [`sweep`][] removes.
@@ -25,7 +29,8 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     **Arguments:**
 
     - `folder`: must not exist; its parent is made.
-    - `files`: contents by name.
+
+    **Returns:** where to put its files, with [`put_file`][] or else synced by [`settle`][].
 
     **Raises:** `OSError` with the file that could not be written.
     """
@@ -34,8 +39,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        for name, content in files.items():
-            _write(partial / name, content)
+        yield partial
         sync(partial)
         partial.rename(folder)
         sync(folder.parent)
@@ -44,11 +48,21 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         raise
 
 
+def settle(folder: Path) -> None:
+    """Have all that others wrote into a folder reach the disk.
+
+    **Raises:** `OSError` naming what could not.
+    """
+    for entry in folder.rglob("*"):
+        sync(entry)
+    sync(folder)
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Replace a file by another that has reached the disk, or leave it as it was."""
     partial = path.with_name(f"{HIDDEN}{path.name}.{os.getpid()}.partial")
     try:
-        _write(partial, content)
+        put_file(partial, content)
         partial.replace(path)
         sync(path.parent)
     except BaseException:
@@ -81,13 +95,13 @@ def sweep(parent: Path) -> None:
                     entry.unlink()
 
 
-def sync(folder: Path) -> None:
-    """Have the names in a folder reach the disk."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, reach the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        raise naming(error, folder) from None
+        raise naming(error, path) from None
     finally:
         os.close(handle)
 
@@ -116,6 +130,18 @@ def read_file(path: Path, most: int) -> bytes:
     **Raises:** [`DamagedError`][] where it is missing, something else or larger; `OSError`
     where it cannot be read.
     """
+    with _opened(path, most) as file:
+        return file.read(most + 1)
+
+
+def pieces(path: Path, most: int) -> Iterator[bytes]:
+    """As [`read_file`][], a piece at a time: for what is too large to be trusted at once."""
+    with _opened(path, most) as file:
+        while piece := file.read(_PIECE):
+            yield piece
+
+
+def _opened(path: Path, most: int) -> BinaryIO:
     try:
         file = open_regular(path, links=False)
     except FileNotFoundError:
@@ -129,15 +155,19 @@ def read_file(path: Path, most: int) -> bytes:
     if file is None:
         msg = f"{path} is no regular file"
         raise DamagedError(msg)
-    with file:
-        size = os.fstat(file.fileno()).st_size
-        if size > most:
-            msg = f"{path} has {size:,} bytes, more than the {most:,} it may have"
-            raise DamagedError(msg)
-        return file.read(most + 1)
+    size = os.fstat(file.fileno()).st_size
+    if size > most:
+        file.close()
+        msg = f"{path} has {size:,} bytes, more than the {most:,} it may have"
+        raise DamagedError(msg)
+    return file
 
 
-def _write(path: Path, content: bytes) -> None:
+def put_file(path: Path, content: bytes) -> None:
+    """Write a file that has reached the disk; its name has, when its folder is synced.
+
+    **Raises:** `OSError` naming it.
+    """
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         try:

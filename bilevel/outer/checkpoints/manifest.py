@@ -3,27 +3,29 @@
 import hashlib
 import json
 import math
+from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
 from pydantic import Field
 
-from bilevel.outer.checkpoints.durable import DamagedError
+from bilevel.outer.checkpoints.durable import DamagedError, pieces
+from bilevel.outer.checkpoints.part import Part, Size
+from bilevel.outer.checkpoints.sharding import ShardingEntry
 
-SCHEMA = 1
+SCHEMA = 2
 """Of the manifest as it is written; older ones are read, newer ones refused."""
 
 MOST_BYTES = 16 * 2**20
 """A manifest may have: far more than any has, and little enough to be read by mistake."""
 
-Size = Annotated[int, Field(ge=0)]
+FileName = Annotated[
+    str, Field(pattern=r"^([a-z][a-z0-9_]*\.[a-z0-9]+|sharded(/[A-Za-z0-9_][A-Za-z0-9_.-]*){1,8})$")
+]
+"""Of the checkpoint's own, or in its folder of sharded arrays; none that climbs out of it."""
 
 
-class _Part(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-class FileEntry(_Part):
+class FileEntry(Part):
     """Of one file: how long it is, and its SHA-256."""
 
     size: Size
@@ -35,14 +37,15 @@ class FileEntry(_Part):
         return cls(size=len(content), sha256=digest(content))
 
 
-class LeafEntry(_Part):
-    """Of one array: its dtype by name, and its shape."""
+class LeafEntry(Part):
+    """Of one array: its dtype by name, its shape, and how it lies over several devices."""
 
     dtype: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
     shape: tuple[Size, ...]
+    sharding: ShardingEntry | None = None
 
 
-class Manifest(_Part):
+class Manifest(Part):
     """What a checkpoint is of.
 
     - `version`: of the schema.
@@ -51,6 +54,8 @@ class Manifest(_Part):
     - `begun_with`: the run's fingerprint.
     - `files`: by name.
     - `leaves`: arrays by the path of their leaf.
+    - `sharded`: which of them Orbax has written, in a folder of their own.
+    - `compilations`: so far, of the update and of all else.
     - `versions`: of what wrote it.
     """
 
@@ -59,8 +64,10 @@ class Manifest(_Part):
     batch: Size
     metric: float | None
     begun_with: dict[str, str]
-    files: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*\.[a-z0-9]+$")], FileEntry]
+    files: dict[FileName, FileEntry]
     leaves: dict[str, LeafEntry]
+    sharded: tuple[str, ...] = ()
+    compilations: tuple[Size, Size] = (0, 0)
     versions: dict[str, str]
 
     def encode(self) -> bytes:
@@ -97,6 +104,39 @@ class Manifest(_Part):
             msg = f"{where or 'it'}: {first['msg']}"
             raise DamagedError(msg) from None
         return found
+
+
+def check_file(path: Path, entry: FileEntry, most: int) -> None:
+    """Compare a file with its entry, in little memory.
+
+    **Raises:** [`DamagedError`][] where it is another than was written, or has more than `most`
+    bytes; `OSError` where it cannot be read.
+    """
+    if entry.size > most:
+        msg = f"{path} should have {entry.size:,} bytes, and {most:,} are the most it may"
+        raise DamagedError(msg)
+    hasher, size = hashlib.sha256(), 0
+    for piece in pieces(path, entry.size):
+        hasher.update(piece)
+        size += len(piece)
+    if size != entry.size:
+        msg = f"{path} has {size:,} of its {entry.size:,} bytes"
+        raise DamagedError(msg)
+    if hasher.hexdigest() != entry.sha256:
+        msg = f"{path} is not what was written: its SHA-256 is another"
+        raise DamagedError(msg)
+
+
+def entry_of(path: Path) -> FileEntry:
+    """The entry of a file that somebody else has written.
+
+    **Raises:** `OSError`, [`DamagedError`][] where it is no file.
+    """
+    hasher, size = hashlib.sha256(), 0
+    for piece in pieces(path, path.stat().st_size):
+        hasher.update(piece)
+        size += len(piece)
+    return FileEntry(size=size, sha256=hasher.hexdigest())
 
 
 def digest(content: bytes) -> str:

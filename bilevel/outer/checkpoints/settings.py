@@ -1,6 +1,6 @@
 """Checkpoints: how often they are written, and how many are kept."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -20,6 +20,9 @@ class Checkpoints(Settings):
         on from the one before.
     - `best`: whether to keep that of the lowest metric besides.
     - `strict`: whether `resume` refuses where the newest is damaged.
+    - `backend`: ``"safetensors"`` gathers every array on the host; ``"orbax"`` has Orbax write
+        those that lie over several devices, each device's part by itself (``pip install
+        orbax-checkpoint``). Checkpoints of either are read whatever this says.
 
     **Raises:** `ValueError` naming the argument.
 
@@ -31,3 +34,4 @@ class Checkpoints(Settings):
     last: Count = 2
     best: bool = True
     strict: bool = False
+    backend: Literal["safetensors", "orbax"] = "safetensors"

@@ -1,36 +1,63 @@
 """Store: the checkpoints of a run, newest last."""
 
 import contextlib
+import json
 import math
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from jaxtyping import PyTree
 
+from bilevel.outer.checkpoint import fitted, named_arrays
 from bilevel.outer.checkpoints import arrays
 from bilevel.outer.checkpoints.durable import (
     DamagedError,
+    new_folder,
+    put_file,
     read_file,
     remove_folder,
     sweep,
-    write_folder,
 )
-from bilevel.outer.checkpoints.manifest import MOST_BYTES, SCHEMA, FileEntry, Manifest, digest
-from bilevel.outer.fingerprint import differences, some
+from bilevel.outer.checkpoints.manifest import (
+    MOST_BYTES,
+    SCHEMA,
+    FileEntry,
+    Manifest,
+    check_file,
+    digest,
+    entry_of,
+    unique,
+)
+from bilevel.outer.checkpoints.records import decode_records, encode_records, most_record_bytes
+from bilevel.outer.checkpoints.sharded import (
+    is_sharded,
+    orbax_library,
+    read_sharded,
+    write_sharded,
+)
+from bilevel.outer.fingerprint import OtherRunError, differences, some
+from bilevel.outer.history import History
 from bilevel.outer.run import CHECKPOINTS_FOLDER
 from bilevel.outer.versions import versions
 
-_MANIFEST, _DIGEST, _STATE, _HISTORY = (
+_MANIFEST, _DIGEST, _STATE, _HISTORY, _CALLBACKS = (
     "manifest.json",
     "manifest.sha256",
     "state.safetensors",
-    "history.jsonl",
+    "history.safetensors",
+    "callbacks.json",
 )
+_SHARDED = "sharded"
+_LINES = "history.jsonl"
+"""The history in checkpoints of the first schema."""
+
 _NAME = re.compile(r"^\d{8,}-\d{8,}$")
-_MOST_RECORD = 2**16
-"""Bytes of a record: a hundred times as many as any has."""
+_MOST_LINE = 2**16
+"""Bytes of a line: a hundred times as many as any has."""
 
 
 class Moment(NamedTuple):
@@ -50,31 +77,35 @@ class Stored(NamedTuple):
 
     place: Moment
     state: PyTree
-    history: bytes
+    history: History
+    callbacks: dict[str, Any]
+    compilations: tuple[int, int]
     damaged: tuple[str, ...]
-
-
-class OtherRunError(ValueError):
-    """A checkpoint is whole, and of a run that was begun with something else."""
 
 
 class Store:
     """Writes checkpoints, keeps the last ones and the best, and finds one that is whole.
 
     Each is a folder: the arrays of the state, the history so far, and a manifest with the
-    SHA-256 of both, whose own stands beside it.
+    SHA-256 of every file, whose own stands beside it.
 
     **Arguments:**
 
     - `directory`: of the run.
     - `begun_with`: its fingerprint.
     - `last`: how many to keep, besides that of the lowest metric.
+    - `orbax`: whether arrays that lie over several devices are written by Orbax.
     """
 
-    def __init__(self, directory: Path, begun_with: dict[str, str], last: int):
+    def __init__(
+        self, directory: Path, begun_with: dict[str, str], last: int, *, orbax: bool = False
+    ):
         self.folder = directory / CHECKPOINTS_FOLDER
         self._begun_with = begun_with
         self._last = last
+        if orbax:
+            orbax_library()  # that it is missing is to be known before a run has begun
+        self._orbax = orbax
         self._damaged: list[Path] = []
 
     def clear(self) -> None:
@@ -92,36 +123,63 @@ class Store:
         found = (entry for entry in self.folder.iterdir() if _NAME.match(entry.name))
         return sorted(found, key=lambda entry: _place(entry.name))
 
-    def save(self, place: Moment, state: PyTree, history: bytes, metric: float | None) -> Path:
+    def save(
+        self,
+        place: Moment,
+        state: PyTree,
+        history: History,
+        metric: float | None,
+        *,
+        records: int | None = None,
+        callbacks: bytes = b"",
+        compilations: tuple[int, int] = (0, 0),
+    ) -> Path:
         """Write one.
 
         **Arguments:**
 
         - `place`: of the state; one that is there already is not written again.
         - `state`: pytree of arrays.
-        - `history`: all records so far, as they are written.
+        - `history`: all records so far.
         - `metric`: of the last finished epoch.
+        - `records`: how many of the history belong to it; all by default.
+        - `callbacks`: their states, a JSON object; none by default.
+        - `compilations`: so far, of the update and of all else.
 
         **Raises:** `OSError` naming the file that could not be written.
         """
         folder = self.folder / f"{place.epoch:08d}-{place.batch:08d}"
         if folder.exists():
             return folder
-        content, leaves = arrays.encode(state)
+        named = named_arrays(state)
+        apart = {name: leaf for name, leaf in named.items() if self._orbax and is_sharded(leaf)}
+        content = arrays.encode({name: named[name] for name in named if name not in apart})
+        count = len(history) if records is None else records
+        files = {_STATE: content, _HISTORY: encode_records(history, count)}
+        if callbacks:
+            files[_CALLBACKS] = callbacks
         known = metric is not None and math.isfinite(metric)
-        manifest = Manifest(
-            version=SCHEMA,
-            epoch=place.epoch,
-            batch=place.batch,
-            metric=metric if known else None,
-            begun_with=self._begun_with,
-            files={_STATE: FileEntry.of(content), _HISTORY: FileEntry.of(history)},
-            leaves=leaves,
-            versions=versions(),
-        ).encode()
-        proof = f"{digest(manifest)}\n".encode()
-        files = {_STATE: content, _HISTORY: history, _MANIFEST: manifest, _DIGEST: proof}
-        write_folder(folder, files)
+        with new_folder(folder) as partial:
+            for name, part in files.items():
+                put_file(partial / name, part)
+            entries = {name: FileEntry.of(part) for name, part in files.items()}
+            if apart:
+                write_sharded(partial / _SHARDED, apart)
+                entries |= {name: entry_of(partial / name) for name in _within(partial / _SHARDED)}
+            manifest = Manifest(
+                version=SCHEMA,
+                epoch=place.epoch,
+                batch=place.batch,
+                metric=metric if known else None,
+                begun_with=self._begun_with,
+                files=entries,
+                leaves={name: arrays.entry_of(leaf) for name, leaf in named.items()},
+                sharded=tuple(sorted(apart)),
+                compilations=compilations,
+                versions=versions(),
+            ).encode()
+            put_file(partial / _MANIFEST, manifest)
+            put_file(partial / _DIGEST, f"{digest(manifest)}\n".encode())
         return folder
 
     def prune(self, best: Moment | None) -> None:
@@ -147,14 +205,14 @@ class Store:
         reasons: list[str] = []
         for folder in reversed(self.folders()):
             try:
-                moment, state, history = self._read(folder, like)
+                found = self._read(folder, like)
             except (DamagedError, OSError) as error:
                 reasons.append(f"the checkpoint {folder.name} is damaged: {error}")
                 self._damaged.append(folder)
                 if strict:
                     break
             else:
-                return Stored(moment, state, history, tuple(reasons))
+                return found._replace(damaged=tuple(reasons))
         msg = reasons[0] if reasons else f"there is no checkpoint in {self.folder}"
         if len(reasons) > 1:
             msg = f"{msg}; nor is any of the {len(reasons) - 1} before whole"
@@ -185,18 +243,32 @@ class Store:
                     found.append((manifest.metric, _place(folder.name)))
         return min(found, default=None)
 
-    def _read(self, folder: Path, like: Callable[[Moment], PyTree]) -> tuple[Moment, PyTree, bytes]:
+    def _read(self, folder: Path, like: Callable[[Moment], PyTree]) -> Stored:
         manifest = self._manifest(folder)
         place = Moment(manifest.epoch, manifest.batch)
         different = differences(manifest.begun_with, self._begun_with)
         if different:
             raise OtherRunError(some(different))
         expected = like(place)
-        most = {_STATE: arrays.most_bytes(expected), _HISTORY: _MOST_RECORD * (place.epoch + 2)}
-        contents = self._contents(folder, manifest, most)
-        where = folder / _STATE
-        state = arrays.decode(contents[_STATE], manifest.leaves, expected, where)
-        return place, state, contents[_HISTORY]
+        most = {
+            _STATE: arrays.most_bytes(expected),
+            _HISTORY: most_record_bytes(place.epoch + 2),
+            _LINES: _MOST_LINE * (place.epoch + 2),
+            _CALLBACKS: MOST_BYTES,
+        }
+        self.check(folder, manifest, most)
+        contents = {
+            name: self._content(folder / name, manifest.files[name])
+            for name in manifest.files
+            if name in most
+        }
+        state = _placed(folder, manifest, contents[_STATE], expected)
+        if _HISTORY in contents:
+            history = decode_records(contents[_HISTORY], folder / _HISTORY)
+        else:
+            history = History.decode(contents[_LINES], folder / _LINES)
+        callbacks = _states(contents.get(_CALLBACKS, b"{}"), folder / _CALLBACKS)
+        return Stored(place, state, history, callbacks, manifest.compilations, ())
 
     def _manifest(self, folder: Path) -> Manifest:
         path = folder / _MANIFEST
@@ -210,30 +282,98 @@ class Store:
         except DamagedError as error:
             msg = f"{path}: {error}"
             raise DamagedError(msg) from None
-        if set(manifest.files) != {_STATE, _HISTORY}:
-            msg = f"{path} names other files than {_STATE} and {_HISTORY}"
+        own = {name for name in manifest.files if "/" not in name} - {_CALLBACKS}
+        if own != {_STATE, _LINES if manifest.version == 1 else _HISTORY}:
+            msg = f"{path} names other files than a checkpoint has"
             raise DamagedError(msg)
         if Moment(manifest.epoch, manifest.batch) != _place(folder.name):
             msg = f"{path} is of another checkpoint"
             raise DamagedError(msg)
         return manifest
 
-    def _contents(self, folder: Path, manifest: Manifest, most: dict[str, int]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    @staticmethod
+    def check(folder: Path, manifest: Manifest, most: Mapping[str, int]) -> None:
+        """Compare all files with their entries, in little memory, before any is read.
+
+        **Arguments:**
+
+        - `most`: bytes that a file may have, by name.
+
+        **Raises:** [`DamagedError`][], `OSError`.
+        """
         for name, entry in manifest.files.items():
-            path, limit = folder / name, most.get(name, entry.size)
-            if entry.size > limit:
-                msg = f"{path} should have {entry.size:,} bytes, and {limit:,} are the most it may"
+            check_file(folder / name, entry, most.get(name, entry.size))
+        apart = folder / _SHARDED
+        there = set(_within(apart)) if apart.is_dir() or apart.is_symlink() else set[str]()
+        strange = there - set(manifest.files)
+        if strange:
+            msg = f"{folder / min(strange)} is not in the manifest"
+            raise DamagedError(msg)
+
+    @staticmethod
+    def _content(path: Path, entry: FileEntry) -> bytes:
+        content = read_file(path, entry.size)
+        if digest(content) != entry.sha256:  # changed since it was checked
+            msg = f"{path} is not what was written: its SHA-256 is another"
+            raise DamagedError(msg)
+        return content
+
+
+def _placed(folder: Path, manifest: Manifest, content: bytes, expected: PyTree) -> PyTree:
+    """The state, each array where it was."""
+    where = folder / _STATE
+    apart = set(manifest.sharded)
+    shardings = {
+        name: entry.sharding.sharding(name)
+        for name, entry in manifest.leaves.items()
+        if entry.sharding is not None
+    }
+    if not apart <= set(shardings):
+        msg = f"{where}: its manifest does not tell how {min(apart - set(shardings))} lies"
+        raise DamagedError(msg)
+    entries = {name: entry for name, entry in manifest.leaves.items() if name not in apart}
+    found: dict[str, Any] = dict(arrays.decode(content, entries, where))
+    for name in shardings.keys() & found.keys():
+        found[name] = jax.device_put(found[name], shardings[name])
+    if apart:
+        like = {
+            name: jax.ShapeDtypeStruct(
+                manifest.leaves[name].shape, manifest.leaves[name].dtype, sharding=shardings[name]
+            )
+            for name in apart
+        }
+        # Of the shapes that are expected, before memory is asked for them.
+        fitted(where, found | like, expected)
+        found |= read_sharded(folder / _SHARDED, like)
+    return fitted(where, found, expected)
+
+
+def _states(content: bytes, where: Path) -> dict[str, Any]:
+    try:
+        found: Any = json.loads(content, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        msg = f"{where} is no JSON: {error}"
+        raise DamagedError(msg) from None
+    whole = isinstance(found, dict) and isinstance(found.get("states", {}), dict)
+    if not whole or not isinstance(found.get("epoch", 0), int):
+        msg = f"{where} does not hold the states of callbacks"
+        raise DamagedError(msg)
+    return found
+
+
+def _within(folder: Path) -> list[str]:
+    """All files in a folder, by their path from the folder's own parent on.
+
+    **Raises:** [`DamagedError`][] for a link, which no checkpoint has.
+    """
+    found: list[str] = []
+    for parent, folders, names in os.walk(folder):
+        for name in [*folders, *names]:
+            if (Path(parent) / name).is_symlink():
+                msg = f"{Path(parent) / name} is a link, which no checkpoint has"
                 raise DamagedError(msg)
-            content = read_file(path, entry.size)
-            if len(content) != entry.size:
-                msg = f"{path} has {len(content):,} of its {entry.size:,} bytes"
-                raise DamagedError(msg)
-            if digest(content) != entry.sha256:
-                msg = f"{path} is not what was written: its SHA-256 is another"
-                raise DamagedError(msg)
-            found[name] = content
-        return found
+        found += [(Path(parent) / name).relative_to(folder.parent).as_posix() for name in names]
+    return found
 
 
 def has_checkpoints(directory: Path) -> bool:
