@@ -6,14 +6,16 @@ from typing import Any
 
 import jax
 
+from bilevel.evaluation import Hypergradient
+from bilevel.evaluation import hypergradient as bilevel_hypergradient
 from bilevel.probe import AdjointProbe, Probe
-from bilevel.signature import brief
-from bilevel_arrays.arguments import Arguments, Sorted
-from bilevel_arrays.bridge import Call, call
-from bilevel_arrays.program import Program
-from bilevel_arrays.report import Report
+from bilevel.signature import brief, check_callable
+from bilevel_arrays.torch.arguments import Arguments, Sorted
+from bilevel_arrays.torch.bridge import Call, call
+from bilevel_arrays.torch.exchange import torch
+from bilevel_arrays.torch.program import Program
+from bilevel_arrays.torch.report import Report
 
-__all__ = ["Report", "function"]
 
 _NOT_COMPILED = (
     "bilevel_arrays.torch.function runs a program that JAX compiles, which torch.compile leaves "
@@ -37,10 +39,8 @@ def function(
     arrays, and what else is among the arguments (strings, booleans, functions) is part of what
     is compiled; a `bl.Budget` or a `bl.Fidelity` is numbers, so that refining compiles nothing.
 
-    A `bl.Solution` or a `bl.Hypergradient` among what `fn` returns comes out with its `value` in
-    tensors and its numbers as they are. Where `fn` returns a `bl.Hypergradient`, the
-    gradient of its value with respect to the first argument is the one that it holds, without
-    a further solve.
+    A `bl.Solution` among what `fn` returns comes out with its `value` in tensors and its numbers
+    as they are. For a hypergradient with its report see [`hypergradient`][].
 
     `torch.compile` breaks its graph at the call and goes on after it.
 
@@ -81,13 +81,59 @@ def function(
             f"{brief(probe)}."
         )
         raise TypeError(msg)
-    arguments = Arguments(fn, tuple(constant))
+    return _of_tensors(fn, tuple(constant), probe, known=False)
+
+
+def hypergradient(
+    outer_loss: Callable[[Any, Any], Any], problem: object, **settings: Any
+) -> Callable[..., Hypergradient]:
+    """`bl.hypergradient` of tensors: a loss that joins torch's autograd, with its report.
+
+    **Arguments:**
+
+    - `outer_loss`, `problem`: as for `bl.hypergradient`, in JAX.
+    - `settings`: further arguments of `bl.hypergradient` that stay the same, such as `solver` and
+        `estimator`.
+
+    **Returns:** a function of `theta` and `x0`, pytrees of tensors, and of further keyword
+    arguments of `bl.hypergradient` such as `budget`. It returns a `bl.Hypergradient` whose
+    `value` is a tensor, and whose gradient the backward pass of that value hands on: it solves
+    nothing again. The other fields, from both solutions to the estimated error, are numbers of
+    JAX.
+
+    **Raises:** as [`function`][]; `x0` is constant, and there is no second derivative.
+
+    >>> import torch, jax.numpy as jnp, bilevel as bl, bilevel_arrays as ba
+    >>> problem = bl.Minimization(lambda x, theta: jnp.sum((x - theta) ** 2))
+    >>> evaluate = ba.torch.hypergradient(lambda x, theta: jnp.sum(x**2), problem)
+    >>> theta = torch.ones(2, requires_grad=True)
+    >>> result = evaluate(theta, torch.zeros(2), budget=bl.Budget(rtol=1e-5))
+    >>> result.value.backward()
+    >>> theta.grad, result.diagnosis.split(":")[0]
+    (tensor([2., 2.]), 'Neither solve is short')
+    """
+    check_callable("hypergradient", "outer_loss", outer_loss, ("x", "theta"))
+
+    def evaluate(theta: Any, x0: Any, **given: Any) -> Hypergradient:
+        return bilevel_hypergradient(outer_loss, problem, theta, x0, **settings, **given)
+
+    return _of_tensors(evaluate, ("x0",), None, known=True)
+
+
+def _of_tensors(
+    fn: Callable[..., Any],
+    constant: tuple[str, ...],
+    probe: Probe | AdjointProbe | None,
+    *,
+    known: bool,
+) -> Callable[..., Any]:
+    arguments = Arguments(fn, constant)
     programs: dict[Any, Program] = {}
 
     @functools.wraps(fn)
     def of_tensors(*args: Any, **kwargs: Any) -> Any:
         found = arguments.sort(args, kwargs)
-        program = _program(programs, fn, arguments, found)
+        program = _program(programs, fn, arguments, found, known=known)
         report = None if probe is None else Report(arguments.name)
         tensors = tuple(found.inputs[place] for place in found.tensors)
         inputs = list(found.inputs)
@@ -98,19 +144,21 @@ def function(
         )
         return outcome if report is None else (outcome, report)
 
-    # What torch.compiler.disable sets; calling it would import the compiler for nothing.
-    of_tensors._torchdynamo_disable = True  # pyright: ignore[reportFunctionMemberAccess]  # noqa: SLF001
-    of_tensors._torchdynamo_disable_msg = _NOT_COMPILED  # pyright: ignore[reportFunctionMemberAccess]  # noqa: SLF001
-    return of_tensors
+    return torch.compiler.disable(of_tensors, reason=_NOT_COMPILED)
 
 
 def _program(
-    programs: dict[Any, Program], fn: Callable[..., Any], arguments: Arguments, found: Sorted
+    programs: dict[Any, Program],
+    fn: Callable[..., Any],
+    arguments: Arguments,
+    found: Sorted,
+    *,
+    known: bool,
 ) -> Program:
     """The program for arguments of this structure; made once."""
     key = found.treedef, found.static
     try:
-        known = programs.get(key)
+        made = programs.get(key)
     except TypeError:
         place, leaf = next((p, v) for p, v in found.static if not _hashable(v))
         msg = (
@@ -119,7 +167,7 @@ def _program(
             "Capture it in the function."
         )
         raise TypeError(msg) from None
-    if known is None:
+    if made is None:
 
         def body(inputs: list[Any], probe: Any) -> Any:
             remaining, static = iter(inputs), dict(found.static)
@@ -128,8 +176,8 @@ def _program(
             args, kwargs = jax.tree.unflatten(found.treedef, leaves)
             return fn(*args, **kwargs) if probe is None else fn(*args, **kwargs, probe=probe)
 
-        known = programs[key] = Program(body, arguments.first_argument(found))
-    return known
+        made = programs[key] = Program(body, arguments.first_argument(found) if known else None)
+    return made
 
 
 def _hashable(value: Any) -> bool:

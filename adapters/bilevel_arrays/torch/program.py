@@ -38,19 +38,22 @@ class Program:
     **Arguments:**
 
     - `body`: (inputs, probe) -> any pytree of arrays.
-    - `first`: of the first inputs, which leaves of the first argument they are, for that is what
-        a `Hypergradient` refers to.
+    - `known`: where the body returns a `Hypergradient`, whose gradient is what the value is
+        differentiated to, which leaf of that gradient belongs to each of the first inputs.
     """
 
-    def __init__(self, body: Body, first: tuple[int, ...] = ()):
+    def __init__(self, body: Body, known: tuple[int, ...] | None = None):
         self._body = body
-        self._first = first
+        self._known = known
         self._derivatives: dict[tuple[int, tuple[int, ...]], Program] = {}
-        self.final = False
-        """Whether the gradient is a number that came with the value, and has no derivative."""
         self.run = jax.jit(self._run)
         self.forward = jax.jit(self._forward, static_argnums=2)
         self.backward = jax.jit(_backward)
+
+    @property
+    def final(self) -> bool:
+        """Whether the gradient is a number that came with the value, and has no derivative."""
+        return self._known is not None
 
     def derivative(self, count: int, wanted: tuple[int, ...]) -> "Program":
         """The pullback as a program of its own: of `count` inputs, then a cotangent each.
@@ -78,45 +81,20 @@ class Program:
             merged = list(inputs)
             for place, leaf in zip(wanted, moving, strict=True):
                 merged[place] = leaf
-            outcome = self._body(merged, probe)
-            if isinstance(outcome, Hypergradient):
-                outcome = self._with_known_gradient(merged, probe, wanted)
+            if self._known is None:
+                outcome = self._body(merged, probe)
+            else:
+                result = self._body(jax.lax.stop_gradient(merged), probe)
+                leaves = jax.tree.leaves(result.gradient, is_leaf=lambda leaf: leaf is None)
+                gradients = [leaves[self._known[place]] for place in wanted]
+                value = _known(moving, result.value, gradients)
+                outcome = eqx.tree_at(lambda r: r.value, result, value)
             smooth, discrete, report = _split(outcome)
             return jax.tree.leaves(smooth), (smooth, discrete, report)
 
         moving = [inputs[place] for place in wanted]
         _, pullback, parts = jax.vjp(of_wanted, moving, probe, has_aux=True)
         return _fresh(Outcome(*parts)), pullback
-
-    def _with_known_gradient(self, inputs: list[Any], probe: Any, wanted: tuple[int, ...]) -> Any:
-        """The hypergradient again, its value with the gradient for derivative: no second solve."""
-        others = [place for place in wanted if place >= len(self._first)]
-        if others:
-            msg = (
-                f"{len(others)} tensors beyond the first argument require grad, and a function "
-                "that returns a Hypergradient has the derivative with respect to its first "
-                "argument alone. Detach them, or return a value that JAX differentiates, such as "
-                "outer_loss(bl.solve(...).value, theta)."
-            )
-            raise TypeError(msg)
-        self.final = True
-        result = self._body(jax.lax.stop_gradient(inputs), probe)
-        # None, as for an integer, is a leaf here, so that places are those of the argument.
-        gradients = jax.tree.leaves(result.gradient, is_leaf=lambda leaf: leaf is None)
-        moving = [inputs[place] for place in wanted]
-        known = [
-            gradients[self._first[place]] if self._first[place] < len(gradients) else None
-            for place in wanted
-        ]
-        expected, got = ([(jnp.shape(leaf)) for leaf in leaves] for leaves in (moving, known))
-        if expected != got:
-            msg = (
-                "the Hypergradient that the function returned has a gradient of shapes "
-                f"{got}, expected {expected} as its first argument has. Give bl.hypergradient the "
-                "first argument as it is for theta, and derive what else there is inside."
-            )
-            raise TypeError(msg)
-        return eqx.tree_at(lambda r: r.value, result, _known(moving, result.value, known))
 
 
 @jax.custom_vjp

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from bilevel_arrays import exchange
-from bilevel_arrays.exchange import torch
+from bilevel_arrays.torch import exchange
+from bilevel_arrays.torch.exchange import torch
 
 
 class Sorted(NamedTuple):

@@ -6,9 +6,9 @@ from typing import Any
 import equinox as eqx
 import jax
 
-from bilevel_arrays.exchange import as_array, as_tensor, double_precision, torch, wait
-from bilevel_arrays.program import Outcome, Program
-from bilevel_arrays.report import Report
+from bilevel_arrays.torch.exchange import as_array, as_tensor, double_precision, torch, wait
+from bilevel_arrays.torch.program import Outcome, Program
+from bilevel_arrays.torch.report import Report
 
 
 @dataclasses.dataclass
@@ -50,25 +50,27 @@ def call(one: Call, tensors: tuple[Any, ...]) -> Any:
 
     **Returns:** what its body returned, in tensors, reports as they are.
     """
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return one.rebuilt(_Node.apply(one, *tensors))
-    one.outcome = one.program.run(one.merged(tensors), one.probe)
-    wait(one.outcome)
-    return one.rebuilt(_tensors(one.outcome))
+    # Without a gradient, too: of a forward derivative and of torch.func torch itself then says
+    # that a node has none.
+    return one.rebuilt(_Node.apply(one, torch.is_grad_enabled(), *tensors))
 
 
 class _Node(torch.autograd.Function):
     """A node of torch's graph."""
 
     @staticmethod
-    def forward(context: Any, one: Call, *tensors: Any) -> tuple[Any, ...]:
+    def forward(context: Any, one: Call, graph: bool, *tensors: Any) -> Any:  # noqa: FBT001
         """The program, keeping its pullback."""
-        needed = context.needs_input_grad[1:]
+        needed = context.needs_input_grad[2:]
         chosen = tuple(
             index
             for index, tensor in enumerate(tensors)
-            if needed[index] and (tensor.is_floating_point() or tensor.is_complex())
+            if graph and needed[index] and (tensor.is_floating_point() or tensor.is_complex())
         )
+        if not chosen:
+            one.outcome = one.program.run(one.merged(tensors), one.probe)
+            wait(one.outcome)
+            return _tensors(one.outcome)
         wanted = tuple(one.places[index] for index in chosen)
         one.outcome, pullback = one.program.forward(one.merged(tensors), one.probe, wanted)
         wait((one.outcome, pullback))
@@ -89,7 +91,7 @@ class _Node(torch.autograd.Function):
         one: Call = context.one
         tensors = context.saved_tensors[: len(one.places)]
         cotangents = cotangents[: context.smooth]
-        gradients: list[Any] = [None] * (1 + len(tensors))
+        gradients: list[Any] = [None] * (2 + len(tensors))
         # A backward pass on a GPU runs in a thread of its own, which knows nothing of the caller's
         # precision.
         with jax.enable_x64(context.double):
@@ -103,7 +105,7 @@ class _Node(torch.autograd.Function):
         if one.report is not None:
             one.report.fill(probe)
         for index, gradient in zip(context.chosen, found, strict=True):
-            gradients[1 + index] = gradient
+            gradients[2 + index] = gradient
         return tuple(gradients)
 
 
@@ -112,8 +114,8 @@ def _differentiable(context: Any, tensors: Any, cotangents: Any) -> tuple[list[A
     one: Call = context.one
     if one.program.final:
         msg = (
-            f"{one.name}: no second derivative: it returns a Hypergradient, whose gradient is a "
-            "number that came with the value. Leave create_graph out, or return a value that JAX "
+            "hypergradient: there is no second derivative, for the gradient is a number that came "
+            "with the value. Leave create_graph out, or use function with a loss that JAX "
             "differentiates, such as outer_loss(bl.solve(...).value, theta)."
         )
         raise RuntimeError(msg)
