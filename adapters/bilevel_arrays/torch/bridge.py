@@ -6,7 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 
-from bilevel_arrays.torch.exchange import as_array, as_tensor, double_precision, torch, wait
+from bilevel_arrays.torch.exchange import as_array, as_tensor, double_precision, in_precision, torch, wait
 from bilevel_arrays.torch.program import Outcome, Program
 from bilevel_arrays.torch.report import Report
 
@@ -69,11 +69,11 @@ class _Node(torch.autograd.Function):
         )
         if not chosen:
             one.outcome = one.program.run(one.merged(tensors), one.probe)
-            wait(one.outcome)
+            wait(one.outcome, tensors)
             return _tensors(one.outcome)
         wanted = tuple(one.places[index] for index in chosen)
         one.outcome, pullback = one.program.forward(one.merged(tensors), one.probe, wanted)
-        wait((one.outcome, pullback))
+        wait((one.outcome, pullback), tensors)
         outputs = _tensors(one.outcome)
         smooth = len(jax.tree.leaves(one.outcome.smooth))
         context.mark_non_differentiable(*outputs[smooth:])
@@ -94,13 +94,13 @@ class _Node(torch.autograd.Function):
         gradients: list[Any] = [None] * (2 + len(tensors))
         # A backward pass on a GPU runs in a thread of its own, which knows nothing of the caller's
         # precision.
-        with jax.enable_x64(context.double):
+        with in_precision(double=context.double):
             if torch.is_grad_enabled():
                 found, probe = _differentiable(context, tensors, cotangents)
             else:
                 arrays = [as_array(cotangent) for cotangent in cotangents]
                 leaves, probe = one.program.backward(context.pullback, arrays)
-                wait((leaves, probe))
+                wait((leaves, probe), tensors)
                 found = [as_tensor(leaf) for leaf in leaves]
         if one.report is not None:
             one.report.fill(probe)

@@ -1,5 +1,8 @@
 """Exchange: tensors as JAX arrays and back, by DLPack, on the device where they are."""
 
+import contextlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -45,19 +48,27 @@ def as_tensor(array: Array) -> Any:
         raise TypeError(msg) from None
 
 
-def wait(arrays: Any) -> None:
+def wait(arrays: Any, tensors: Sequence[Any]) -> None:
     """Wait for what runs on the CPU, where there is no stream that could wait.
 
     Afterwards nobody reads the inputs any more, and torch may write into them.
+
+    **Arguments:**
+
+    - `arrays`: what a program returned; `tensors`: some that it was called with.
     """
-    leaves = [leaf for leaf in jax.tree.leaves(arrays) if isinstance(leaf, jax.Array)]
-    if leaves and next(iter(leaves[0].devices())).platform == "cpu":
-        jax.block_until_ready(leaves)
+    if not tensors or tensors[0].is_cpu:
+        jax.block_until_ready(arrays)
 
 
 def double_precision() -> bool:
     """Whether JAX computes in double precision here and now."""
     return bool(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def in_precision(*, double: bool) -> AbstractContextManager[Any]:
+    """JAX's precision for a while, where it is another one."""
+    return contextlib.nullcontext() if double_precision() == double else jax.enable_x64(double)
 
 
 def supports(device: Any) -> bool:
