@@ -114,7 +114,7 @@ def hypergradient(
     """
     check_callable("hypergradient", "outer_loss", outer_loss, ("x", "theta"))
 
-    def evaluate(theta: Any, x0: Any, **given: Any) -> Hypergradient:
+    def evaluate(theta: Any, x0: Any, /, **given: Any) -> Hypergradient:
         return bilevel_hypergradient(outer_loss, problem, theta, x0, **settings, **given)
 
     return _of_tensors(evaluate, ("x0",), None, known=True)
