@@ -1,5 +1,6 @@
 """Guard: a user's function, watched for what would make its numbers or its derivative wrong."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,10 +23,20 @@ class Guarded:
     **Arguments:**
 
     - `owner`, `name`: for messages, such as "RootFinding" and "function(x, theta)".
+    - `vector`: whether what it returns must be like the unknown; looked at at the first call.
     """
 
-    def __init__(self, owner: str, name: str, function: Callable[..., Any], space: Space):
+    def __init__(
+        self,
+        owner: str,
+        name: str,
+        function: Callable[..., Any],
+        space: Space,
+        *,
+        vector: bool = False,
+    ):
         self._what = f"{owner}: {name}"
+        self._vector = vector
         self._function = function
         self._space = space
         self._known = False
@@ -37,6 +48,12 @@ class Guarded:
         number out of a tensor.
         """
         first, self._known = not self._known, True
+        outcome = self._watched(arguments, first=first)
+        if first and self._vector:
+            self._space.require_like(self._what, outcome)
+        return outcome
+
+    def _watched(self, arguments: tuple[Any, ...], *, first: bool) -> Any:
         if self._space.is_torch:
             return self._of_torch(arguments, first=first)
         if self._space.xp is compat.array_namespace(np.zeros(0)):
@@ -89,19 +106,27 @@ def _read_only(leaf: Any) -> Any:
 
 def _watch(torch: Any, what: str) -> Any:
     """A mode of torch that refuses to read a number out of a tensor."""
+    return _mode(torch)(what)
 
+
+@functools.cache
+def _mode(torch: Any) -> Any:
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):  # noqa: SLF001
+        def __init__(self, what: str):
+            super().__init__()
+            self.what = what
+
         def __torch_dispatch__(
             self, function: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
             if function is torch.ops.aten._local_scalar_dense.default:  # noqa: SLF001
                 msg = (
-                    f"{what} reads a number out of a tensor (.item(), float(), bool(), or an if on "
-                    "a tensor). It would wait for the device in every iteration, and no derivative "
-                    "goes through that number. Use tensor operations such as torch.where, or give "
-                    "the number as a Python float."
+                    f"{self.what} reads a number out of a tensor (.item(), float(), bool(), or an "
+                    "if on a tensor). It would wait for the device in every iteration, and no "
+                    "derivative goes through that number. Use tensor operations such as "
+                    "torch.where, or give the number as a Python float."
                 )
                 raise TypeError(msg)
             return function(*args, **(kwargs or {}))
 
-    return Watch()
+    return Watch

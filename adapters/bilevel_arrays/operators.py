@@ -62,8 +62,8 @@ def as_operator(
 
 
 def is_symmetric(matrix: Any, space: Space) -> bool | None:
-    """Whether a constant matrix is symmetric; `None` for what is no matrix, and for NaN."""
-    if not _is_matrix(matrix):
+    """Whether a constant matrix is symmetric; `None` for what is no square one, and for NaN."""
+    if not _is_matrix(matrix) or matrix.shape[0] != matrix.shape[1]:
         return None
     transposed = _transposed(matrix, space)
     if _is_scipy(matrix):

@@ -32,8 +32,14 @@ class ArrayProblem(abc.ABC):
     def pullback(self, theta: PyTree, x: PyTree, space: Space) -> Pullback:
         """V -> vᵀN and v -> vᵀ∂_θ r at an iterate, with r the downhill residual, N = -∂ₓr."""
 
-    def _user(self, name: str, function: Function, space: Space) -> Guarded:
-        return Guarded(type(self).__name__, name, function, space)
+    @abc.abstractmethod
+    def evaluated(self, theta: PyTree, x: PyTree, space: Space) -> PyTree:
+        """What the user's functions compute, as they do: to see what they captured."""
+
+    def _user(
+        self, name: str, function: Function, space: Space, *, vector: bool = True
+    ) -> Guarded:
+        return Guarded(type(self).__name__, name, function, space, vector=vector)
 
     def _pulled(self, function: Function, theta: PyTree, x: PyTree, space: Space) -> Pullback:
         """That of the user's function, uphill or a mapping."""
@@ -97,7 +103,7 @@ class Minimization(ArrayProblem):
                 )
                 raise TypeError(msg)
             assert self.objective is not None
-            objective = self._user("objective(x, theta)", self.objective, space)
+            objective = self._user("objective(x, theta)", self.objective, space, vector=False)
 
             def residual(x: PyTree) -> PyTree:
                 owner = "Minimization: objective(x, theta)"
@@ -111,6 +117,13 @@ class Minimization(ArrayProblem):
             symmetric=True,
             positive_definite=True,
         )
+
+    def evaluated(self, theta: PyTree, x: PyTree, space: Space) -> PyTree:
+        """The objective, or the gradient."""
+        del space
+        function = self.objective or self.gradient
+        assert function is not None
+        return function(x, theta)
 
     def pullback(self, theta: PyTree, x: PyTree, space: Space) -> Pullback:
         """The Hessian, and the mixed derivative."""
@@ -167,6 +180,11 @@ class RootFinding(ArrayProblem):
             positive_definite=self.positive_definite,
         )
 
+    def evaluated(self, theta: PyTree, x: PyTree, space: Space) -> PyTree:
+        """The function."""
+        del space
+        return self.function(x, theta)
+
     def pullback(self, theta: PyTree, x: PyTree, space: Space) -> Pullback:
         """The Jacobian."""
         found = self._pulled(self.function, theta, x, space)
@@ -206,6 +224,11 @@ class FixedPoint(ArrayProblem):
             mapping=lambda x: mapping(x, theta),
             symmetric=self.symmetric,
         )
+
+    def evaluated(self, theta: PyTree, x: PyTree, space: Space) -> PyTree:
+        """The mapping."""
+        del space
+        return self.mapping(x, theta)
 
     def pullback(self, theta: PyTree, x: PyTree, space: Space) -> Pullback:
         """I minus the Jacobian of the mapping."""
@@ -272,6 +295,11 @@ class LinearSystem(ArrayProblem):
             matrix_free=True,
         )
 
+    def evaluated(self, theta: PyTree, x: PyTree, space: Space) -> PyTree:
+        """The residual b - A x."""
+        matvec = self._operator(theta, space, guarded=False).matvec
+        return space.subtract(self._rhs(theta, space, guarded=False), matvec(x))
+
     def pullback(self, theta: PyTree, x: PyTree, space: Space) -> Pullback:
         """The transpose of A, and what the user or torch's autograd says of θ."""
         operator = self._operator(theta, space, guarded=False)
@@ -280,8 +308,7 @@ class LinearSystem(ArrayProblem):
         if self.vjp is None and space.is_torch:
 
             def residual(x: PyTree, theta: PyTree) -> PyTree:
-                matvec = self._operator(theta, space, guarded=False).matvec
-                return space.subtract(self._rhs(theta, space, guarded=False), matvec(x))
+                return self.evaluated(theta, x, space)
 
             found = by_torch("LinearSystem", residual, x, theta, space)
         if transposed is None:
@@ -308,8 +335,8 @@ class LinearSystem(ArrayProblem):
     def _operator(self, theta: PyTree, space: Space, *, guarded: bool) -> Any:
         given, symmetric = self.operator, self.symmetric
         if self._functions["operator"]:
-            function = self._user("operator(theta)", given, space) if guarded else given
-            given = function(theta)
+            function = self._user("operator(theta)", given, space, vector=False)
+            given = function(theta) if guarded else given(theta)
         elif symmetric is None:
             symmetric = is_symmetric(given, space)
         operator = as_operator(

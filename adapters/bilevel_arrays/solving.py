@@ -58,9 +58,9 @@ def solve(
     **Returns:** a `bl.Solution`; its `value` is like `x0`, its numbers are NumPy's.
 
     **Raises:** `TypeError` for arrays of two kinds and what does not fit, `ValueError` for a
-    function that writes into its argument and for a start that requires grad,
-    `IncompatibleError` for a solver or an estimator that needs JAX's arrays, or the problem does
-    not suit.
+    function that writes into its argument, for a start that requires grad and for a problem that
+    captured a tensor that does, `IncompatibleError` for a solver or an estimator that needs
+    JAX's arrays, or that does not suit the problem.
 
     >>> import numpy as np, bilevel as bl, bilevel_arrays as ba
     >>> problem = ba.LinearSystem(np.diag([1.0, 2.0]), np.ones(2))
@@ -73,7 +73,7 @@ def solve(
     )
     if setting.space.is_torch:
         torch: Any = load("torch")
-        if torch.is_grad_enabled() and any(map(requires, jax.tree.leaves(theta))):
+        if torch.is_grad_enabled():
             from bilevel_arrays.torch_solution import attached  # noqa: PLC0415, needs torch
 
             return attached(setting)
