@@ -18,17 +18,20 @@ prints what each took and where it ended. It needs PyTorch: pip install torch.
 """
 
 import argparse
+import itertools
 import time
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import torch
 from heat_emulator import BATCH, REFINEMENT, SETTINGS, VALIDATION, Emulation
 
 import bilevel as bl
 import bilevel_arrays as ba
 import bilevel_pde as pde
+from bilevel_arrays.library import load
+
+torch: Any = load("torch")
 
 SETTING = SETTINGS[1, "paper"]
 
@@ -42,12 +45,12 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-def network(points: int, width: int, seed: int) -> torch.nn.Module:
+def network(points: int, width: int, seed: int) -> Any:
     """A multilayer perceptron from fields to fields, with ReLU between its layers."""
     torch.manual_seed(seed)
     sizes = [points, *[width] * SETTING.blocks]
-    layers: list[torch.nn.Module] = []
-    for before, after in zip(sizes[:-1], sizes[1:], strict=True):
+    layers: list[Any] = []
+    for before, after in itertools.pairwise(sizes):
         layers += [torch.nn.Linear(before, after), torch.nn.ReLU()]
     return torch.nn.Sequential(*layers, torch.nn.Linear(width, points))
 
@@ -67,7 +70,7 @@ class Study:
     def _step(self, fields: Any, fidelity: bl.Fidelity, probe: bl.Probe) -> Any:
         return self.emulation.step(fields, fidelity.with_probe(probe))
 
-    def metric(self, model: torch.nn.Module) -> float:
+    def metric(self, model: Any) -> float:
         """‖f(f(u₀)) - u₂‖² / ‖u₂‖², the mean over the validation states."""
         with torch.no_grad():
             twice = model(model(self.start))

@@ -61,7 +61,9 @@ class Adjoint:
         self.solver.check(bound)
         start = space.zeros() if self.guess is None else self.guess
         bound = prepared(bound, self.solver, start, space)
-        budget = self.solver.default_budget(default_like(space)) if self.budget is None else self.budget
+        budget = (
+            self.solver.default_budget(default_like(space)) if self.budget is None else self.budget
+        )
         solution = run(space, bound, stepping_of(self.solver, space), start, budget, minimum=1)
         idle = int(solution.iterations) == 0 and float(solution.residual_norm) > 0
         if idle and not Status(int(solution.status)).failed and not space.norm(start) > 0:
@@ -101,15 +103,16 @@ def adjoint_of(
             step_size = 1.0 if problem.mapping is not None else getattr(solver, "step_size", None)
         if step_size is None:
             msg = (
-                f"Neumann: the primal solver {type(solver).__name__} has no step size that it could "
-                "take. Give bl.Neumann(step_size=...)."
+                f"Neumann: the primal solver {type(solver).__name__} has no step size that it "
+                "could take. Give bl.Neumann(step_size=...)."
             )
             raise TypeError(msg)
         return Adjoint(Richardson(step_size=step_size), budget, guess)
     if isinstance(estimator, Estimator):
         msg = (
-            f"{type(estimator).__name__} runs on JAX's arrays alone. Use bl.Implicit or bl.Neumann; "
-            "or write the problem in JAX and call it from PyTorch by bilevel_arrays.torch.function."
+            f"{type(estimator).__name__} runs on JAX's arrays alone. Use bl.Implicit or "
+            "bl.Neumann; or write the problem in JAX and call it from PyTorch by "
+            "bilevel_arrays.torch.function."
         )
         raise IncompatibleError(msg)
     msg = f"estimator must be bl.Implicit(...) or bl.Neumann(...), got {estimator!r}."

@@ -12,7 +12,7 @@ from bilevel_arrays.stepping import Stepping
 
 
 class State(NamedTuple):
-    """Iterate, residual before it, and the last differences of both, which go round.
+    """Iterate, residual before it, the last differences of both, and how many there were.
 
     `gram` holds the inner products of the changes with one another.
     """
@@ -22,7 +22,7 @@ class State(NamedTuple):
     steps: Rows
     changes: Rows
     gram: np.ndarray
-    count: int
+    number: int
 
 
 class AndersonSteps(Stepping):
@@ -32,15 +32,16 @@ class AndersonSteps(Stepping):
         """Start without differences."""
         del problem
         memory = self.solver.memory
-        rows = [Rows(self.space, memory) for _ in range(2)]
-        return State(x, self.space.zeros(), *rows, np.zeros((memory, memory)), 0)
+        steps, changes = Rows(self.space, memory), Rows(self.space, memory)
+        gram = np.zeros((memory, memory))
+        return State(x, self.space.zeros(), steps, changes, gram, 0)
 
     def step(self, problem: BoundProblem, state: State, residual: PyTree) -> State:
         """Combine the last differences, and mix."""
         del problem
         space, memory = self.space, self.solver.memory
-        if state.count > 0:
-            place = (state.count - 1) % memory
+        if state.number > 0:
+            place = (state.number - 1) % memory
             change = space.subtract(residual, state.previous)
             state.changes.write(place, change)
             products = state.changes.project(change)
@@ -49,9 +50,9 @@ class AndersonSteps(Stepping):
         mixed = space.subtract(residual, state.changes.combine(weights))
         step = space.scale(float(self.solver.mixing), mixed)
         step = space.subtract(step, state.steps.combine(weights))
-        state.steps.write(state.count % memory, step)
+        state.steps.write(state.number % memory, step)
         x = space.add(state.x, step)
-        return state._replace(x=x, previous=residual, count=state.count + 1)
+        return state._replace(x=x, previous=residual, number=state.number + 1)
 
     def _least_squares(self, gram: np.ndarray, projections: np.ndarray) -> np.ndarray:
         regularisation = self.solver.regularisation

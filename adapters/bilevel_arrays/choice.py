@@ -91,9 +91,9 @@ def prepared(problem: BoundProblem, solver: InnerSolver, x: PyTree, space: Space
         diagonal = None if problem.operator is None else problem.operator.diagonal
         if diagonal is None:
             msg = (
-                f"JacobiPreconditioner cannot precondition this {problem.name}: its operator has no "
-                "diagonal. Give the operator as a matrix or as an object with a diagonal method, or "
-                "write the preconditioner as a function v -> M⁻¹v."
+                f"JacobiPreconditioner cannot precondition this {problem.name}: its operator "
+                "has no diagonal. Give the operator as a matrix or as an object with a diagonal "
+                "method, or write the preconditioner as a function v -> M⁻¹v."
             )
             raise IncompatibleError(msg)
         entries = space.xp.abs(diagonal) if problem.symmetric else diagonal

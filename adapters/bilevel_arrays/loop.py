@@ -82,10 +82,10 @@ class Drive:
         self.residual = stepping.residual(problem, self.state)
         norm = space.robust_norm(self.residual)
         self.scale = self._scale(problem, x0, norm)
-        asked = max(float(budget.rtol) * self.scale, float(budget.atol))
+        asked: Any = max(float(budget.rtol) * self.scale, float(budget.atol))
         # Nobody can ask for less than rounding leaves.
         asked = math.nan if math.isnan(self.scale) else max(asked, space.epsilon * self.scale)
-        self.problem = dataclasses.replace(problem, target=asked)  # pyright: ignore[reportArgumentType]
+        self.problem = dataclasses.replace(problem, target=asked)
         reference = _largest(norm, self.scale)
         self.unit = space.unit(reference)
         self.noise = self._noise(norm, reference, x0)
@@ -112,18 +112,18 @@ class Drive:
         value = self.stepping.value(self.state)
         before = (0 if self.flaw is None else APPLICATIONS) + int(self.problem.rhs is None)
         real = np.float32 if self.space.narrow else np.float64
-        return Solution(
-            value=value,
-            status=np.int32(self._status(failure, true_norm, value)),  # pyright: ignore[reportArgumentType]
-            residual_norm=real(self.unit * true_norm),  # pyright: ignore[reportArgumentType]
-            iterations=np.int32(self.progress.count),  # pyright: ignore[reportArgumentType]
-            inner_iterations=np.int32(self.progress.count),  # pyright: ignore[reportArgumentType]
-            tolerance=real(self.unit * self.limits.tolerance),  # pyright: ignore[reportArgumentType]
-            scale=real(self.scale),  # pyright: ignore[reportArgumentType]
-            rate=real(self.progress.rate()),  # pyright: ignore[reportArgumentType]
-            applications=np.int32(applications + before),  # pyright: ignore[reportArgumentType]
-            history=self.history,  # pyright: ignore[reportArgumentType]
-        )
+        numbers: dict[str, Any] = {
+            "status": np.int32(self._status(failure, true_norm, value)),
+            "residual_norm": real(self.unit * true_norm),
+            "iterations": np.int32(self.progress.count),
+            "inner_iterations": np.int32(self.progress.count),
+            "tolerance": real(self.unit * self.limits.tolerance),
+            "scale": real(self.scale),
+            "rate": real(self.progress.rate()),
+            "applications": np.int32(applications + before),
+            "history": self.history,
+        }
+        return Solution(value=value, **numbers)
 
     def measured(self, residual: PyTree) -> float:
         """The norm of a residual, in units."""
@@ -184,17 +184,15 @@ class Drive:
             return Status.CONVERGED
         level = max(self.space.epsilon**0.5 * limits.reference, 10.0 * limits.tolerance)
         level = self._attainable(level, true_norm, value)
-        told = failure in {Status.BREAKDOWN, Status.INCONSISTENT}
         if failure != Status.CONVERGED:
+            told = failure in {Status.BREAKDOWN, Status.INCONSISTENT}
             return Status.ROUNDING if told and true_norm <= level else failure
-        diverged = self._diverged(true_norm)
-        if self.stepping.recursive and not diverged and true_norm > 10.0 * progress.norm + level:
-            return Status.BREAKDOWN  # the recursion lost touch with the truth
-        if diverged:
-            return Status.DIVERGED
-        if progress.count >= limits.iterations:
-            return Status.BUDGET
-        return Status.BREAKDOWN if true_norm > level else Status.ROUNDING
+        # A recursion that lost touch with the truth is no iteration that ran out of budget.
+        lost = self.stepping.recursive and true_norm > 10.0 * progress.norm + level
+        result = Status.BREAKDOWN if true_norm > level else Status.ROUNDING
+        if progress.count >= limits.iterations and not lost:
+            result = Status.BUDGET
+        return Status.DIVERGED if self._diverged(true_norm) else result
 
     def _diverged(self, true_norm: float) -> bool:
         progress, limits = self.progress, self.limits
@@ -270,9 +268,7 @@ def run(
     if problem.rhs is not None and problem.operator is not None:
         unit = space.unit(space.robust_norm(problem.rhs))
     if unit == 1.0:
-        return Drive(
-            space, problem, make(), x0, budget, minimum=minimum, history=history
-        ).run()
+        return Drive(space, problem, make(), x0, budget, minimum=minimum, history=history).run()
     matvec, rhs = problem.operator.matvec, space.scale(1.0 / unit, problem.rhs)  # pyright: ignore[reportOptionalMemberAccess]
     scaled = dataclasses.replace(
         problem, residual=lambda x: space.subtract(rhs, matvec(x)), rhs=rhs
@@ -290,4 +286,3 @@ def run(
 def _largest(one: float, other: float) -> float:
     """The larger number, NaN where one is, as arrays have it."""
     return math.nan if math.isnan(one) or math.isnan(other) else max(one, other)
-

@@ -40,12 +40,14 @@ def as_operator(
     kind, definite = (value if isinstance(value, bool) else None for value in declared)
     if definite and kind is None:
         kind = True
-    if _is_matrix(operator):
+    given: Any = operator
+    parts: tuple[Any, Any, Any]
+    if _is_matrix(given):
         parts = _of_matrix(owner, operator, space)
-    elif isinstance(operator, tuple) and len(operator) == 2:  # pyright: ignore[reportUnknownArgumentType]
-        parts = (*operator, None)
-    elif callable(getattr(operator, "matvec", None)):
-        diagonal, adjoint = (getattr(operator, name, None) for name in ("diagonal", "rmatvec"))
+    elif isinstance(given, tuple) and len(given) == 2:
+        parts = (*given, None)
+    elif callable(getattr(given, "matvec", None)):
+        diagonal, adjoint = (getattr(given, name, None) for name in ("diagonal", "rmatvec"))
         diagonal = diagonal() if callable(diagonal) else diagonal
         parts = operator.matvec, adjoint if callable(adjoint) else None, diagonal
     elif callable(operator):
@@ -116,8 +118,8 @@ def _of_matrix(
     if len(leaves) != 1 or len(leaves[0].shape) == 0 or leaves[0].shape[0] != rows:
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
         msg = (
-            f"{owner}: a matrix of shape {(rows, columns)} acts on one array of {rows} entries, got "
-            f"x0 of shape {shapes}."
+            f"{owner}: a matrix of shape {(rows, columns)} acts on one array of {rows} entries, "
+            f"got x0 of shape {shapes}."
         )
         raise TypeError(msg)
     transposed = _transposed(matrix, space)

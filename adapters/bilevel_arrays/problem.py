@@ -36,9 +36,7 @@ class ArrayProblem(abc.ABC):
     def evaluated(self, theta: PyTree, x: PyTree, space: Space) -> PyTree:
         """What the user's functions compute, as they do: to see what they captured."""
 
-    def _user(
-        self, name: str, function: Function, space: Space, *, vector: bool = True
-    ) -> Guarded:
+    def _user(self, name: str, function: Function, space: Space, *, vector: bool = True) -> Guarded:
         return Guarded(type(self).__name__, name, function, space, vector=vector)
 
     def _pulled(self, function: Function, theta: PyTree, x: PyTree, space: Space) -> Pullback:
@@ -127,15 +125,13 @@ class Minimization(ArrayProblem):
 
     def pullback(self, theta: PyTree, x: PyTree, space: Space) -> Pullback:
         """The Hessian, and the mixed derivative."""
-        function = self.gradient
-        if function is None:
-            owner, objective = "Minimization: objective(x, theta)", self.objective
+        owner, objective = "Minimization: objective(x, theta)", self.objective
+
+        def derived(x: PyTree, theta: PyTree) -> PyTree:
             assert objective is not None
+            return gradient_by_torch(owner, objective, x, theta, graph=True)
 
-            def function(x: PyTree, theta: PyTree) -> PyTree:
-                return gradient_by_torch(owner, objective, x, theta, graph=True)
-
-        found = self._pulled(function, theta, x, space)
+        found = self._pulled(self.gradient or derived, theta, x, space)
         return Pullback(found.of_x, lambda v: found.of_theta(space.negative(v)))
 
 

@@ -22,7 +22,9 @@ class Pullback:
     of_theta: Callable[[PyTree], PyTree]
 
 
-def by_user(owner: str, vjp: Callable[..., Any], x: PyTree, theta: PyTree, space: Space) -> Pullback:
+def by_user(
+    owner: str, vjp: Callable[..., Any], x: PyTree, theta: PyTree, space: Space
+) -> Pullback:
     """From `vjp(x, theta, v)`, which returns a pair, like x and like theta."""
 
     def checked(v: PyTree) -> tuple[PyTree, PyTree]:
@@ -157,8 +159,8 @@ def _of_moving(theta: PyTree, found: PyTree, owner: str) -> PyTree:
         none = jax.tree.structure(found, is_leaf=lambda leaf: leaf is None)
         if none != expected:
             msg = (
-                f"{owner}: the part of vjp(x, theta, v) for theta must have the structure of theta, "
-                f"{expected}, got {got}."
+                f"{owner}: the part of vjp(x, theta, v) for theta must have the structure of "
+                f"theta, {expected}, got {got}."
             )
             raise TypeError(msg)
     return found

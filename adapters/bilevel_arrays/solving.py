@@ -281,9 +281,7 @@ def _check_theta(theta: PyTree, space: Space) -> None:
             )
             raise TypeError(msg)
         if compat.device(leaf) != space.device:
-            msg = (
-                f"{where} is on {compat.device(leaf)} and x0 on {space.device}. Move one of them."
-            )
+            msg = f"{where} is on {compat.device(leaf)} and x0 on {space.device}. Move one of them."
             raise TypeError(msg)
         if namespace.isdtype(leaf.dtype, "real floating") and leaf.dtype != space.dtype:
             msg = f"{where} is of {leaf.dtype} and x0 of {space.dtype}. Convert one of them."
@@ -330,4 +328,3 @@ def _sum(direct: Any, indirect: Any, leaf: Any) -> Any:
     if direct is None or indirect is None:
         return indirect if direct is None else direct
     return direct + indirect
-

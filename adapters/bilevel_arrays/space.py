@@ -58,7 +58,9 @@ class Space:
                 raise TypeError(msg)
             if first is None:
                 first = where, kind
-            for this, other, what in zip(kind, first[1], ("library", "device", "dtype"), strict=True):
+            for this, other, what in zip(
+                kind, first[1], ("library", "device", "dtype"), strict=True
+            ):
                 if this != other:
                     names = [getattr(part, "__name__", part) for part in (other, this)]
                     msg = (
@@ -172,14 +174,17 @@ class Space:
         )
         for (path, leaf), value in pairs:
             kinds = [
-                (str(getattr(part, "dtype", type(part).__name__)), tuple(getattr(part, "shape", ())))
+                (
+                    str(getattr(part, "dtype", type(part).__name__)),
+                    tuple(getattr(part, "shape", ())),
+                )
                 for part in (leaf, value)
             ]
             if kinds[0] != kinds[1]:
                 names = [f"{dtype}{list(shape)}" for dtype, shape in kinds]
                 msg = (
-                    f"{what} at x{jax.tree_util.keystr(path)} is {names[1]}, expected {names[0]} as "
-                    "x0 has. Give x0, theta and the data one dtype, and check the shapes."
+                    f"{what} at x{jax.tree_util.keystr(path)} is {names[1]}, expected {names[0]} "
+                    "as x0 has. Give x0, theta and the data one dtype, and check the shapes."
                 )
                 raise TypeError(msg)
         return outcome

@@ -81,9 +81,13 @@ def _torch(*, user: bool = False, rows: bool = False) -> Library:
 def _cupy() -> Library:
     cupy = importlib.import_module("cupy")
     sparse = importlib.import_module("cupyx.scipy.sparse")
-    return Library("cupy", cupy, cupy.asarray, cupy.asnumpy, lambda matrix: sparse.csr_matrix(
-        cupy.asarray(matrix)
-    ))
+    return Library(
+        "cupy",
+        cupy,
+        cupy.asarray,
+        cupy.asnumpy,
+        lambda matrix: sparse.csr_matrix(cupy.asarray(matrix)),
+    )
 
 
 LIBRARIES: dict[str, Callable[[], Library]] = {

@@ -15,7 +15,10 @@ from tests.arrays.cases import LIBRARIES, PROBLEMS, ROWS, START, THETA, label
 
 FAST = {"map-FixedPointIteration-Neumann", "definite-ConjugateGradient-Implicit-ConjugateGradient"}
 BUDGETS = {
-    "to a tolerance": (bl.Budget(iterations=300, rtol=1e-11), bl.Budget(iterations=300, rtol=1e-11)),
+    "to a tolerance": (
+        bl.Budget(iterations=300, rtol=1e-11),
+        bl.Budget(iterations=300, rtol=1e-11),
+    ),
     # A cycle of GMRES is many steps; whether it ends a digit above rounding is chance.
     "a few steps": (bl.Budget(iterations=3, rtol=1e-13), bl.Budget(iterations=2, rtol=1e-13)),
 }

@@ -38,7 +38,12 @@ def descent(slope):
 
 
 ENDS = {
-    "converged": (*system(np.diag([1.0, 2.0]), [1.0, 1.0]), bl.ConjugateGradient(), {}, "CONVERGED"),
+    "converged": (
+        *system(np.diag([1.0, 2.0]), [1.0, 1.0]),
+        bl.ConjugateGradient(),
+        {},
+        "CONVERGED",
+    ),
     "budget": (*descent(1.0), bl.GradientDescent(0.1), {"budget": bl.Budget(3)}, "BUDGET"),
     "no iterations": (*descent(1.0), bl.GradientDescent(0.1), {"budget": bl.Budget(0)}, "BUDGET"),
     "diverged": (*descent(1.0), bl.GradientDescent(2.5), {"budget": bl.Budget(30)}, "DIVERGED"),
@@ -155,7 +160,9 @@ def test_single_precision_is_kept_whatever_the_units(unit):
     matrix = np.diag([1.0, 2.0, 4.0]).astype(np.float32)
     rhs = np.full(3, unit, np.float32)
     for solver in (bl.ConjugateGradient(), bl.GMRES(), bl.BiCGStab()):
-        solution = ba.solve(ba.LinearSystem(matrix, rhs), None, np.zeros(3, np.float32), solver=solver)
+        solution = ba.solve(
+            ba.LinearSystem(matrix, rhs), None, np.zeros(3, np.float32), solver=solver
+        )
         assert solution.diagnosis.startswith("CONVERGED")
         assert solution.value.dtype == np.float32
         np.testing.assert_allclose(solution.value, unit / np.diagonal(matrix), rtol=1e-4)
@@ -181,7 +188,11 @@ def test_histories_and_warm_starts():
 
 def test_operators_of_scipy_and_objects():
     matrix = scipy.sparse.csr_matrix(np.diag([2.0, 4.0]))
-    for operator in (matrix, scipy.sparse.coo_array(matrix), scipy.sparse.linalg.aslinearoperator(matrix)):
+    for operator in (
+        matrix,
+        scipy.sparse.coo_array(matrix),
+        scipy.sparse.linalg.aslinearoperator(matrix),
+    ):
         problem = ba.LinearSystem(operator, np.ones(2))
         np.testing.assert_allclose(ba.solve(problem, None, np.zeros(2)).value, [0.5, 0.25])
     several = ba.solve(ba.LinearSystem(matrix, np.ones((2, 3))), None, np.zeros((2, 3)))
@@ -227,7 +238,11 @@ MISUSES = {
     "arrays of JAX": (mapped(x0=jnp.zeros(2)), TypeError, "x0 is an array of JAX. Use bl.solve"),
     "no array": (mapped(x0=[1.0, 2.0]), TypeError, r"x0\[0\] must be an array of PyTorch"),
     "nothing": (mapped(x0={}), TypeError, "x0 must hold at least one array"),
-    "integers": (mapped(x0=np.zeros(2, int)), TypeError, "must be of float32 or float64, got int64"),
+    "integers": (
+        mapped(x0=np.zeros(2, int)),
+        TypeError,
+        "must be of float32 or float64, got int64",
+    ),
     "complex": (mapped(x0=np.zeros(2, complex)), TypeError, "Complex unknowns are for bl.solve"),
     "half": (mapped(x0=np.zeros(2, np.float16)), TypeError, "half precision holds no tolerance"),
     "two dtypes": (
@@ -250,7 +265,11 @@ MISUSES = {
         TypeError,
         r"theta\['k'\] is of float32 and x0 of float64",
     ),
-    "shape": (mapped(lambda x, t: x[:1]), TypeError, r"mapping\(x, theta\) at x is float64\[1\], expected float64\[2\]"),
+    "shape": (
+        mapped(lambda x, t: x[:1]),
+        TypeError,
+        r"mapping\(x, theta\) at x is float64\[1\], expected float64\[2\]",
+    ),
     "structure": (mapped(lambda x, t: (x, x)), TypeError, "must have the structure of x0"),
     "another dtype": (
         linear(np.eye(2), np.ones(2, np.float32)),
@@ -260,7 +279,9 @@ MISUSES = {
     "not square": (linear(np.ones((2, 3))), ValueError, r"must be square, got shape \(2, 3\)"),
     "another size": (linear(np.eye(3)), TypeError, "acts on one array of 3 entries"),
     "matrix of another library": (
-        linear(scipy.sparse.eye_array(2).tocsr(), array_api_strict.ones(2), array_api_strict.zeros(2)),
+        linear(
+            scipy.sparse.eye_array(2).tocsr(), array_api_strict.ones(2), array_api_strict.zeros(2)
+        ),
         TypeError,
         "give both in one library, on one device",
     ),
@@ -269,8 +290,16 @@ MISUSES = {
         TypeError,
         "the matrix is of float32 and the unknown of float64",
     ),
-    "no operator": (linear("A"), TypeError, "the operator must be a square matrix, dense or sparse"),
-    "solver of JAX": (linear(np.eye(2), solver=bl.Direct()), bl.IncompatibleError, "JAX's arrays alone"),
+    "no operator": (
+        linear("A"),
+        TypeError,
+        "the operator must be a square matrix, dense or sparse",
+    ),
+    "solver of JAX": (
+        linear(np.eye(2), solver=bl.Direct()),
+        bl.IncompatibleError,
+        "JAX's arrays alone",
+    ),
     "unsuited": (mapped(solver=bl.Jacobi()), bl.IncompatibleError, "it needs a linear system"),
     "class": (mapped(solver=bl.Anderson), TypeError, r"solver must be of bilevel, such as bl\."),
     "a number": (mapped(budget=5), TypeError, r"budget must be of bilevel, such as bl.Budget"),

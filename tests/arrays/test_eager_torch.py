@@ -29,9 +29,9 @@ def draw(*, grad=True):
 def test_solutions_join_autograd():
     theta = draw()
     assert torch.autograd.gradcheck(
-        lambda target, weight: ba.solve(
-            MINIMUM, {"target": target, "weight": weight}, START, **DESCENT
-        ).value,
+        lambda target, weight: (
+            ba.solve(MINIMUM, {"target": target, "weight": weight}, START, **DESCENT).value
+        ),
         tuple(theta.values()),
     )
     solution = ba.solve(MINIMUM, theta, START, **DESCENT)
@@ -61,7 +61,9 @@ def test_what_needs_no_gradient_has_none():
 def test_second_derivatives_are_refused():
     theta = draw()
     value = ba.solve(MINIMUM, theta, START, **DESCENT).value
-    with pytest.raises(RuntimeError, match="there is no second derivative. Leave create_graph out"):
+    with pytest.raises(
+        RuntimeError, match=r"there is no second derivative\. Leave create_graph out"
+    ):
         torch.autograd.grad(value.sum(), theta["target"], create_graph=True)
 
 
@@ -79,7 +81,9 @@ def test_a_captured_tensor_that_requires_grad_is_noticed(grad):
     layer = torch.nn.Linear(3, 3, dtype=torch.float64)
     problem = ba.FixedPoint(lambda x, t: 0.1 * torch.tanh(layer(x)) + t)
     t = torch.ones(3, dtype=torch.float64, requires_grad=grad)
-    with pytest.raises(ValueError, match="it captured a tensor that requires grad, such as the par"):
+    with pytest.raises(
+        ValueError, match="it captured a tensor that requires grad, such as the par"
+    ):
         ba.solve(problem, t, START)
     with torch.no_grad():
         assert ba.solve(problem, t, START).diagnosis.startswith("CONVERGED")
@@ -112,33 +116,33 @@ def test_sparse_matrices_may_be_made_of_theta():
         places = torch.tensor([[0, 1], [0, 1]])
         return torch.sparse_coo_tensor(places, t, (2, 2))
 
-    problem = ba.LinearSystem(operator, torch.ones(2).double(), symmetric=True, positive_definite=True)
+    problem = ba.LinearSystem(
+        operator, torch.ones(2).double(), symmetric=True, positive_definite=True
+    )
     t = torch.tensor([2.0, 4.0], dtype=torch.float64, requires_grad=True)
     ba.solve(problem, t, torch.zeros(2).double()).value.sum().backward()
     torch.testing.assert_close(t.grad, -(t.detach() ** -2))
 
 
-def bad_mapping(kind):
-    def mapping(x, t):
-        if kind == "item":
-            return 0.5 * x * (1.0 + x.sum().item())
-        if kind == "if":
-            return 0.5 * x if x.sum() > 0 else 0.25 * x
-        if kind == "float":
-            return 0.5 * x + float(t.sum())
-        if kind == "in place":
-            x += 1
-            return 0.5 * x
-        if kind == "theta in place":
-            t += 1
-            return 0.5 * x + t
-        if kind == "numpy":
-            return torch.as_tensor(0.5 * np.cos(x.numpy())) + 0 * t
-        return 0.5 * x.detach()
-
-    return ba.FixedPoint(mapping)
+def in_place(x, t):
+    x += 1
+    return 0.5 * x + t
 
 
+def theta_in_place(x, t):
+    t += 1
+    return 0.5 * x + t
+
+
+BAD = {
+    "item": lambda x, t: 0.5 * x * (1.0 + x.sum().item()),
+    "if": lambda x, t: 0.5 * x if x.sum() > 0 else 0.25 * x,
+    "float": lambda x, t: 0.5 * x + float(t.sum()),
+    "in place": in_place,
+    "theta in place": theta_in_place,
+    "numpy": lambda x, t: torch.as_tensor(0.5 * np.cos(x.numpy())) + 0 * t,
+    "detached": lambda x, t: 0.5 * x.detach(),
+}
 READS, WRITES = "reads a number out of a tensor", "writes into its argument"
 
 
@@ -157,7 +161,7 @@ READS, WRITES = "reads a number out of a tensor", "writes into its argument"
 def test_functions_that_break_the_derivative_are_refused(kind, error, message):
     theta = torch.ones(3, dtype=torch.float64)
     with pytest.raises(error, match=message):
-        ba.hypergradient(lambda x, t: x.sum(), bad_mapping(kind), theta, START)
+        ba.hypergradient(lambda x, t: x.sum(), ba.FixedPoint(BAD[kind]), theta, START)
     if error is TypeError and message is READS:
         with pytest.raises(error, match=r"outer_loss\(x, theta\) " + READS):
             ba.hypergradient(
@@ -181,13 +185,15 @@ def test_tensors_that_do_not_go_together_are_refused():
     start = START.clone().requires_grad_()
     with pytest.raises(ValueError, match=r"x0 requires grad, and the start is not differentiated"):
         ba.solve(MINIMUM, draw(), start, **DESCENT)
-    with pytest.raises(TypeError, match=r"theta\['target'\] is of torch.float32 and x0 of torch.fl"):
+    with pytest.raises(
+        TypeError, match=r"theta\['target'\] is of torch.float32 and x0 of torch.fl"
+    ):
         ba.solve(MINIMUM, {**draw(), "target": torch.ones(3)}, START, **DESCENT)
+    theta = {**draw(), "target": torch.ones(3, device="meta", dtype=torch.float64)}
     with pytest.raises(TypeError, match=r"theta\['target'\] is on meta and x0 on cpu"):
-        theta = {**draw(), "target": torch.ones(3, device="meta", dtype=torch.float64)}
         ba.solve(MINIMUM, theta, START, **DESCENT)
+    matrix = torch.eye(3, dtype=torch.float64, device="meta")
     with pytest.raises(TypeError, match="the matrix is on meta and the unknown on cpu"):
-        matrix = torch.eye(3, dtype=torch.float64, device="meta")
         ba.solve(ba.LinearSystem(lambda t: matrix, START), None, START)
 
 

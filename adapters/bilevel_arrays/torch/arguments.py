@@ -152,8 +152,8 @@ class Arguments:
     ) -> None:
         msg = (
             f"{self.name}: {self.where(treedef, one[0])} is on {getattr(one[1], kind)} and "
-            f"{self.where(treedef, other[0])} on {getattr(other[1], kind)}. Move all tensors to one "
-            f"device first: .to({str(getattr(one[1], kind))!r})."
+            f"{self.where(treedef, other[0])} on {getattr(other[1], kind)}. Move all tensors to "
+            f"one device first: .to({str(getattr(one[1], kind))!r})."
         )
         raise TypeError(msg)
 
@@ -172,8 +172,8 @@ class Arguments:
             leaf = leaves[place]
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad and torch.is_grad_enabled():
                 msg = (
-                    f"{self.name}: {self.where(treedef, place)} requires grad, and it belongs to an "
-                    "argument that was declared constant, so that its gradient would be missing "
+                    f"{self.name}: {self.where(treedef, place)} requires grad, and it belongs to "
+                    "an argument that was declared constant, so that its gradient would be missing "
                     "without a word. Pass .detach(), or take it out of constant=."
                 )
                 raise ValueError(msg)

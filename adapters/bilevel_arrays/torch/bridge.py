@@ -6,7 +6,14 @@ from typing import Any
 import equinox as eqx
 import jax
 
-from bilevel_arrays.torch.exchange import as_array, as_tensor, double_precision, in_precision, torch, wait
+from bilevel_arrays.torch.exchange import (
+    as_array,
+    as_tensor,
+    double_precision,
+    in_precision,
+    torch,
+    wait,
+)
 from bilevel_arrays.torch.program import Outcome, Program
 from bilevel_arrays.torch.report import Report
 
@@ -68,14 +75,15 @@ class _Node(torch.autograd.Function):
             if graph and needed[index] and (tensor.is_floating_point() or tensor.is_complex())
         )
         if not chosen:
-            one.outcome = one.program.run(one.merged(tensors), one.probe)
-            wait(one.outcome, tensors)
-            return _tensors(one.outcome)
+            outcome = one.outcome = one.program.run(one.merged(tensors), one.probe)
+            wait(outcome, tensors)
+            return _tensors(outcome)
         wanted = tuple(one.places[index] for index in chosen)
-        one.outcome, pullback = one.program.forward(one.merged(tensors), one.probe, wanted)
-        wait((one.outcome, pullback), tensors)
-        outputs = _tensors(one.outcome)
-        smooth = len(jax.tree.leaves(one.outcome.smooth))
+        outcome, pullback = one.program.forward(one.merged(tensors), one.probe, wanted)
+        one.outcome = outcome
+        wait((outcome, pullback), tensors)
+        outputs = _tensors(outcome)
+        smooth = len(jax.tree.leaves(outcome.smooth))
         context.mark_non_differentiable(*outputs[smooth:])
         # What the pullback holds on to may lie in the memory of these: torch sees to it that nobody
         # wrote into them before the backward pass.

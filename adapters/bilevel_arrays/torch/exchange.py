@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.dlpack
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from bilevel_arrays.library import load
@@ -40,7 +39,7 @@ def as_tensor(array: Array) -> Any:
     """
     try:
         return torch.from_dlpack(array)
-    except Exception as error:
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
         msg = (
             f"the function returned an array of {array.dtype}, which no tensor can hold: {error}. "
             "Convert it first, such as .astype(jnp.int32), or jax.random.key_data(key)."

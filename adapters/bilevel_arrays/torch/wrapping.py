@@ -16,7 +16,6 @@ from bilevel_arrays.torch.exchange import torch
 from bilevel_arrays.torch.program import Program
 from bilevel_arrays.torch.report import Report
 
-
 _NOT_COMPILED = (
     "bilevel_arrays.torch.function runs a program that JAX compiles, which torch.compile leaves "
     "outside: the graph breaks here, and nothing is lost, for there is nothing of torch in it."
@@ -139,9 +138,7 @@ def _of_tensors(
         inputs = list(found.inputs)
         for place in found.tensors:
             inputs[place] = None
-        outcome = call(
-            Call(arguments.name, program, inputs, found.tensors, probe, report), tensors
-        )
+        outcome = call(Call(arguments.name, program, inputs, found.tensors, probe, report), tensors)
         return outcome if report is None else (outcome, report)
 
     return torch.compiler.disable(of_tensors, reason=_NOT_COMPILED)
