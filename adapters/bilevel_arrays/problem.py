@@ -10,7 +10,14 @@ from bilevel.bound import BoundProblem
 from bilevel.signature import check_callable
 from bilevel_arrays.guard import Guarded
 from bilevel_arrays.operators import as_operator, is_symmetric
-from bilevel_arrays.pullback import Pullback, by_torch, by_user, gradient_by_torch, no_derivative
+from bilevel_arrays.pullback import (
+    Pullback,
+    by_torch,
+    by_user,
+    gradient_by_torch,
+    like_theta,
+    no_derivative,
+)
 from bilevel_arrays.space import Space
 
 Function = Callable[..., Any]
@@ -325,8 +332,8 @@ class LinearSystem(ArrayProblem):
         if self.vjp is None:
             msg = no_derivative("LinearSystem", space).replace("(like x, like theta)", "like theta")
             raise TypeError(msg)
-        vjp = self.vjp
-        return Pullback(transposed, lambda v: vjp(x, theta, v))
+        vjp, what = self.vjp, "LinearSystem: vjp(x, theta, v)"
+        return Pullback(transposed, lambda v: like_theta(what, theta, vjp(x, theta, v)))
 
     def _operator(self, theta: PyTree, space: Space, *, guarded: bool) -> Any:
         given, symmetric = self.operator, self.symmetric

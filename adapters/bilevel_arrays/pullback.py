@@ -26,6 +26,7 @@ def by_user(
     owner: str, vjp: Callable[..., Any], x: PyTree, theta: PyTree, space: Space
 ) -> Pullback:
     """From `vjp(x, theta, v)`, which returns a pair, like x and like theta."""
+    of_theta = f"{owner}: the part of vjp(x, theta, v) for theta"
 
     def checked(v: PyTree) -> tuple[PyTree, PyTree]:
         outcome = vjp(x, theta, v)
@@ -38,7 +39,7 @@ def by_user(
         space.require_like(f"{owner}: the first part of vjp(x, theta, v)", outcome[0])
         return outcome
 
-    return Pullback(lambda v: checked(v)[0], lambda v: _of_moving(theta, checked(v)[1], owner))
+    return Pullback(lambda v: checked(v)[0], lambda v: like_theta(of_theta, theta, checked(v)[1]))
 
 
 def by_torch(
@@ -153,14 +154,25 @@ def _unseen(owner: str) -> str:
     )
 
 
-def _of_moving(theta: PyTree, found: PyTree, owner: str) -> PyTree:
-    expected, got = jax.tree.structure(theta), jax.tree.structure(found)
-    if expected != got:
-        none = jax.tree.structure(found, is_leaf=lambda leaf: leaf is None)
-        if none != expected:
+def like_theta(what: str, theta: PyTree, found: PyTree) -> PyTree:
+    """What a user gave for θ, where it is like θ; `None` may stand for any leaf.
+
+    **Raises:** `TypeError` naming the leaf that is not.
+    """
+    expected = jax.tree.structure(theta)
+    got = jax.tree.structure(found, is_leaf=lambda leaf: leaf is None)
+    if expected not in {got, jax.tree.structure(found)}:
+        msg = f"{what} must have the structure of theta, {expected}, got {got}."
+        raise TypeError(msg)
+    values = jax.tree.leaves(found, is_leaf=lambda leaf: leaf is None)
+    for (path, leaf), value in zip(
+        jax.tree_util.tree_leaves_with_path(theta), values, strict=False
+    ):
+        shapes = [tuple(getattr(part, "shape", ())) for part in (leaf, value)]
+        if value is not None and shapes[0] != shapes[1]:
             msg = (
-                f"{owner}: the part of vjp(x, theta, v) for theta must have the structure of "
-                f"theta, {expected}, got {got}."
+                f"{what} at theta{jax.tree_util.keystr(path)} has shape {shapes[1]}, expected "
+                f"{shapes[0]} as theta has."
             )
             raise TypeError(msg)
     return found

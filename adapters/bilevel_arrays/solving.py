@@ -21,7 +21,7 @@ from bilevel_arrays.guard import Guarded
 from bilevel_arrays.library import load
 from bilevel_arrays.loop import run
 from bilevel_arrays.problem import ArrayProblem
-from bilevel_arrays.pullback import by_torch, no_derivative, requires
+from bilevel_arrays.pullback import by_torch, like_theta, no_derivative, requires
 from bilevel_arrays.space import Space, compat
 
 
@@ -302,7 +302,7 @@ def _outer_derivatives(
             msg = "outer_gradient(x, theta) must return a pair, like x and like theta."
             raise TypeError(msg)
         space.require_like("the first part of outer_gradient(x, theta)", found[0])
-        return found
+        return found[0], like_theta("outer_gradient(x, theta)", theta, found[1])
     if not space.is_torch:
         msg = no_derivative("outer_loss", space)
         msg = msg.replace("vjp=(x, theta, v)", "outer_gradient=(x, theta)")

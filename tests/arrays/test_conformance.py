@@ -82,6 +82,7 @@ def cells():
             if name == "jax" or (name.endswith("rows") and "sparse" not in row):
                 continue
             marks = [] if row in FAST else [pytest.mark.slow]
+            marks += [pytest.mark.gpu] if name == "cupy" else []
             yield pytest.param(row, name, marks=marks, id=f"{row}-{name}")
 
 

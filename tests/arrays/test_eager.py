@@ -352,6 +352,23 @@ MISUSES = {
         TypeError,
         "must have the structure of theta",
     ),
+    "vjp of a linear system": (
+        graded(
+            ba.LinearSystem(np.eye(2), lambda t: t, vjp=lambda x, t, v: v.sum()),
+            np.ones(2),
+            outer_gradient=lambda x, t: (np.ones(2), np.zeros(2)),
+        ),
+        TypeError,
+        r"LinearSystem: vjp\(x, theta, v\) at theta has shape \(\), expected \(2,\)",
+    ),
+    "outer gradient of another shape": (
+        graded(
+            ba.FixedPoint(lambda x, t: 0.5 * x + t, vjp=lambda x, t, v: (0.5 * v, v.sum())),
+            outer_gradient=lambda x, t: (np.ones(2), np.ones(2)),
+        ),
+        TypeError,
+        r"outer_gradient\(x, theta\) at theta has shape \(2,\), expected \(\)",
+    ),
     "no transpose": (
         graded(ba.LinearSystem(lambda t: lambda v: 2 * v, np.ones(2), vjp=lambda x, t, v: 0.0)),
         TypeError,

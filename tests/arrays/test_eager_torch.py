@@ -99,6 +99,20 @@ def test_a_captured_tensor_that_requires_grad_is_noticed(grad):
     assert float(layer.bias.grad.abs().sum()) > 0
 
 
+def test_a_gradient_in_torch_is_differentiated_by_autograd():
+    theta = draw(grad=False)
+
+    def gradient(x, t):
+        return torch.sinh(x - t["target"]) + torch.exp(t["weight"]) * x
+
+    found = [
+        ba.hypergradient(lambda x, t: torch.sin(x).sum(), problem, theta, START, **DESCENT).gradient
+        for problem in (MINIMUM, ba.Minimization(gradient=gradient))
+    ]
+    for name, leaf in found[0].items():
+        torch.testing.assert_close(found[1][name], leaf, rtol=1e-12, atol=0)
+
+
 def test_operators_without_a_transpose_are_transposed_by_autograd():
     matrix = torch.tensor([[2.0, 1.0], [0.0, 3.0]], dtype=torch.float64)
     problem = ba.LinearSystem(lambda t: lambda v: t * (matrix @ v), torch.ones(2).double())
