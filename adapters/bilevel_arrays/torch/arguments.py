@@ -72,7 +72,7 @@ class Arguments:
                 if first is None:
                     first = place, leaf
                 elif leaf.device != first[1].device:
-                    self._refuse_pair(treedef, first, (place, leaf), "device")
+                    self._refuse_devices(treedef, first, (place, leaf))
                 precision = exchange.precision(leaf.dtype)
                 if precision is not None:
                     if floating is None:
@@ -87,6 +87,8 @@ class Arguments:
                 inputs.append(leaf)
             else:
                 static.append((place, leaf))
+        if first is not None:
+            self._require_supported(treedef, first[0], first[1].device)
         if self._constant:
             self._check_constant(treedef, leaves, len(args))
         return Sorted(treedef, inputs, tuple(tensors), tuple(static))
@@ -139,21 +141,21 @@ class Arguments:
                 f"{narrow}."
             )
             raise TypeError(msg)
-        if not _supported(tensor.device):
+
+    def _require_supported(self, treedef: Any, place: int, device: Any) -> None:
+        if not _supported(device):
             msg = (
-                f"{self.name}: {self.where(treedef, place)} is on {tensor.device}, and JAX has no "
+                f"{self.name}: {self.where(treedef, place)} is on {device}, and JAX has no "
                 f"such device here (it has {jax.default_backend()}). Install the build of JAX that "
                 "fits, such as jax[cuda12], or move the tensors: .cpu()."
             )
             raise TypeError(msg)
 
-    def _refuse_pair(
-        self, treedef: Any, one: tuple[int, Any], other: tuple[int, Any], kind: str
-    ) -> None:
+    def _refuse_devices(self, treedef: Any, one: tuple[int, Any], other: tuple[int, Any]) -> None:
         msg = (
-            f"{self.name}: {self.where(treedef, one[0])} is on {getattr(one[1], kind)} and "
-            f"{self.where(treedef, other[0])} on {getattr(other[1], kind)}. Move all tensors to "
-            f"one device first: .to({str(getattr(one[1], kind))!r})."
+            f"{self.name}: {self.where(treedef, one[0])} is on {one[1].device} and "
+            f"{self.where(treedef, other[0])} on {other[1].device}. Move all tensors to one device "
+            f"first: .to({str(one[1].device)!r})."
         )
         raise TypeError(msg)
 

@@ -33,10 +33,12 @@ def function(
     What it returns takes tensors wherever `fn` takes arrays, in any pytree, and returns
     tensors in the pytree that `fn` returns. It joins torch's autograd, second derivatives
     included where the estimator has them. Tensors are handed over by DLPack on the device
-    where they are, in the same memory where their layout allows. `fn` is compiled once for each
-    combination of shapes, dtypes and of tensors that require grad. As for `jax.jit`, numbers are
-    arrays, and what else is among the arguments (strings, booleans, functions) is part of what
-    is compiled; a `bl.Budget` or a `bl.Fidelity` is numbers, so that refining compiles nothing.
+    where they are, in the same memory where their layout allows.
+
+    `fn` is compiled once for each combination of shapes, dtypes and of tensors that require
+    grad. As for `jax.jit`, numbers are arrays; what else is among the arguments (strings,
+    booleans, functions), and what `fn` captured when it was called first, is part of what is
+    compiled. A `bl.Budget` or a `bl.Fidelity` is numbers: refining compiles nothing.
 
     A `bl.Solution` among what `fn` returns comes out with its `value` in tensors and its numbers
     as they are. For a hypergradient with its report see [`hypergradient`][].
