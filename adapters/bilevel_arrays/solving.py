@@ -165,9 +165,13 @@ def hypergradient(
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One inner solve on any arrays, with everything it needs."""
+    """One inner solve on any arrays, with everything it needs.
+
+    - `bound`: the problem at θ, evaluated once.
+    """
 
     problem: ArrayProblem
+    bound: BoundProblem
     theta: PyTree
     x0: PyTree
     space: Space
@@ -180,27 +184,19 @@ class Setting:
         """Without torch's graph: nothing of an iteration is kept."""
         return _quiet(self.space)
 
-    def bound(self) -> BoundProblem:
-        """The problem at θ."""
-        with self.quiet():
-            return self.problem.at(self.theta, self.space)
-
     def primal(self) -> Solution:
         """The solve itself."""
         space, x0 = self.space, self.x0
         with self.quiet():
-            bound = self.bound()
-            space.require_like(f"{bound.name}: the residual", bound.residual(x0))
-            bound = prepared(bound, self.solver, x0, space)
+            bound = prepared(self.bound, self.solver, x0, space)
             make = stepping_of(self.solver, space)
             return run(space, bound, make, x0, self.budget, history=self.history)
 
     def pulled(self, primal: Solution, cotangent: PyTree) -> tuple[Solution, PyTree]:
         """The adjoint solve for a cotangent of x, and λᵀ∂_θ r, like θ."""
-        bound = self.bound()
         pullback = self.problem.pullback(self.theta, primal.value, self.space)
         with self.quiet():
-            adjoint = self.adjoint.solve(bound, pullback, cotangent, self.space)
+            adjoint = self.adjoint.solve(self.bound, pullback, cotangent, self.space)
             return adjoint, pullback.of_theta(adjoint.value)
 
 
@@ -257,7 +253,7 @@ def _arranged(
     adjoint = adjoint_of(estimator, bound, solver, adjoint_budget, adjoint_guess, chosen=chosen)
     stepping_of(adjoint.solver, space)
     budget = solver.default_budget(default_like(space)) if budget is None else budget
-    return Setting(problem, theta, x0, space, solver, budget, adjoint, history)
+    return Setting(problem, bound, theta, x0, space, solver, budget, adjoint, history)
 
 
 _EXAMPLES = {
@@ -320,9 +316,8 @@ def _is_none(leaf: Any) -> bool:
 def _sum(direct: Any, indirect: Any, leaf: Any) -> Any:
     """The two parts of a gradient; zero where nothing reads the leaf, `None` where none could."""
     if direct is None and indirect is None:
-        floating = isinstance(leaf, float) or (
-            compat.is_array_api_obj(leaf)
-            and compat.array_namespace(leaf).isdtype(leaf.dtype, "real floating")
+        floating = compat.is_array_api_obj(leaf) and compat.array_namespace(leaf).isdtype(
+            leaf.dtype, "real floating"
         )
         return 0.0 * leaf if floating else None
     if direct is None or indirect is None:

@@ -155,6 +155,20 @@ def test_unknowns_may_be_pytrees(solver):
     np.testing.assert_allclose(solution.value["b"], [[0.25] * 2, [-0.25] * 2], rtol=1e-9)
 
 
+@pytest.mark.parametrize("solver", [bl.Anderson(), bl.FixedPointIteration()])
+def test_an_unknown_may_be_a_number(solver):
+    evaluated = []
+
+    def mapping(x, theta):
+        evaluated.append(x)
+        return theta * np.cos(x)
+
+    problem = ba.FixedPoint(mapping)
+    solution = ba.solve(problem, np.array(1.0), np.array(0.5), solver=solver)
+    assert float(solution.value) == pytest.approx(0.7390851332, rel=1e-9)
+    assert len(evaluated) == int(solution.applications)
+
+
 @pytest.mark.parametrize("unit", [1.0, 1e-25, 1e25])
 def test_single_precision_is_kept_whatever_the_units(unit):
     matrix = np.diag([1.0, 2.0, 4.0]).astype(np.float32)

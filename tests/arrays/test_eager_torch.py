@@ -53,6 +53,9 @@ def test_what_needs_no_gradient_has_none():
     with torch.no_grad():
         result = ba.hypergradient(lambda x, t: x.sum(), MINIMUM, theta, START, **DESCENT)
     assert result.gradient["count"] is None
+    numbers = {**draw(), "scale": 2.0}
+    result = ba.hypergradient(lambda x, t: x.sum(), MINIMUM, numbers, START, **DESCENT)
+    assert result.gradient["scale"] is None  # autograd sees no number
     unread = {**draw(), "other": torch.ones(2).double()}
     result = ba.hypergradient(lambda x, t: x.sum(), MINIMUM, unread, START, **DESCENT)
     assert torch.equal(result.gradient["other"], torch.zeros(2).double())
