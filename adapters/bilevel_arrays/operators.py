@@ -122,8 +122,14 @@ def _of_matrix(
             f"got x0 of shape {shapes}."
         )
         raise TypeError(msg)
-    transposed = _transposed(matrix, space)
-    return lambda v: matrix @ v, lambda v: transposed @ v, _diagonal(matrix, space)
+    transposed: list[Any] = []
+
+    def rmatvec(v: Any) -> Any:
+        if not transposed:  # made once, where an adjoint asks for it
+            transposed.append(_transposed(matrix, space))
+        return transposed[0] @ v
+
+    return lambda v: matrix @ v, rmatvec, _diagonal(matrix, space)
 
 
 def _check_library(owner: str, matrix: Any, space: Space) -> None:
@@ -163,12 +169,21 @@ def _transposed(matrix: Any, space: Space) -> Any:
     return space.xp.matrix_transpose(matrix)
 
 
+def _entries(matrix: Any, space: Space) -> tuple[Any, Any, Any]:
+    """Rows, columns and values of a sparse tensor, without sorting what is sorted."""
+    if str(matrix.layout) != "torch.sparse_csr":
+        matrix = matrix.to_sparse_coo().coalesce()
+        return (*matrix.indices(), matrix.values())
+    starts = matrix.crow_indices()
+    rows = space.xp.arange(len(starts) - 1, device=starts.device)
+    return rows.repeat_interleave(starts.diff()), matrix.col_indices(), matrix.values()
+
+
 def _diagonal(matrix: Any, space: Space) -> Any:
     if _is_scipy(matrix):
         return matrix.diagonal()
     if _is_sparse_torch(matrix):
-        entries = matrix.detach().to_sparse_coo().coalesce()
-        (rows, columns), values = entries.indices(), entries.values()
+        rows, columns, values = _entries(matrix.detach(), space)
         on = rows == columns
         return values.new_zeros(matrix.shape[0]).index_put((rows[on],), values[on])
     return space.xp.linalg.diagonal(matrix)

@@ -121,7 +121,7 @@ class Space:
         """⟨x, y⟩."""
         xp = self.xp
         pairs = zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
-        terms = (xp.vecdot(xp.reshape(a, (-1,)), xp.reshape(b, (-1,))) for a, b in pairs)
+        terms = (xp.reshape(a, (-1,)) @ xp.reshape(b, (-1,)) for a, b in pairs)
         return float(sum(float(term) for term in terms))
 
     def norm(self, x: PyTree) -> float:
