@@ -127,6 +127,29 @@ def test_operators_without_a_transpose_are_transposed_by_autograd():
     torch.testing.assert_close(found.gradient, -x[0] / 2)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse (CSR|invariant)")  # torch's own advice
+@pytest.mark.parametrize("kind", ["to_sparse", "to_sparse_csr", "to_sparse_csc"])
+def test_sparse_tensors_have_a_diagonal_and_a_transpose(kind):
+    dense = torch.tensor([[4.0, 1.0, 0.0], [0.5, 5.0, 0.0], [0.0, 2.0, 3.0]]).double()
+    problem = ba.LinearSystem(getattr(dense, kind)(), lambda t: t)
+    t = torch.tensor([1.0, 2.0, 3.0]).double()
+    result = ba.hypergradient(
+        lambda x, t: x[0] - x[1],
+        problem,
+        t,
+        torch.zeros(3).double(),
+        solver=bl.Jacobi(),
+        estimator=bl.Implicit(bl.Jacobi()),
+        budget=TIGHT,
+        adjoint_budget=TIGHT,
+    )
+    torch.testing.assert_close(result.primal.value, torch.linalg.solve(dense, t))
+    pulled = torch.linalg.solve(dense.T, torch.tensor([1.0, -1.0, 0.0]).double())
+    torch.testing.assert_close(result.gradient, pulled)
+    one = ba.solve(problem, t, torch.zeros(3).double(), solver=bl.Jacobi(), budget=bl.Budget(1))
+    torch.testing.assert_close(one.value, t / torch.diagonal(dense))
+
+
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's own advice
 def test_sparse_matrices_may_be_made_of_theta():
     def operator(t):
