@@ -1,9 +1,17 @@
 """Doctests run as a reader runs them: in JAX's default precision."""
 
+import importlib.util
 from collections.abc import Iterator
 
 import jax
 import pytest
+
+# Without PyTorch these cannot be imported.
+collect_ignore = (
+    ["adapters/bilevel_arrays/torch", "adapters/bilevel_arrays/torch_solution.py"]
+    if importlib.util.find_spec("torch") is None
+    else []
+)
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,7 @@ BENCHMARKS = {
     "search": "BilevelSearch against a grid search: score, and time with the first compilation",
     "bilevel_suite": "SOBA, AmIGO, stocBiO and nested solves on benchmark_bilevel's problems",
     "long_runs": "10,000 updates: memory, and what history and checkpoints cost",
+    "torch_bridge": "a solve called from PyTorch against the same call in JAX",
     "published": "figures from the literature, reproduced",
 }
 

@@ -1,5 +1,6 @@
 """The pages in docs/: their code runs as it stands and prints what they say."""
 
+import importlib.util
 import inspect
 import re
 import runpy
@@ -14,9 +15,14 @@ import pytest
 
 import bilevel
 import bilevel.testing
+import bilevel_arrays
 import bilevel_pde
 import bilevel_solvers
 from bilevel.cli import main
+
+needs_torch = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="PyTorch is not installed"
+)
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 EXAMPLES = DOCS.parent / "examples"
@@ -56,6 +62,7 @@ def same(printed: str, promised: str) -> None:
         "hyperparameters.md",
         pytest.param("pde.md", marks=pytest.mark.slow),
         pytest.param("solvers.md", marks=pytest.mark.slow),
+        pytest.param("arrays.md", marks=[pytest.mark.slow, needs_torch]),
     ],
 )
 def test_code_of_a_page_runs_and_prints_what_it_says(
@@ -109,7 +116,10 @@ def test_the_reference_names_what_the_kit_has():
     assert sorted(listed) == sorted(bilevel.testing.__all__)
 
 
-@pytest.mark.parametrize(("page", "package"), [("pde", bilevel_pde), ("solvers", bilevel_solvers)])
+@pytest.mark.parametrize(
+    ("page", "package"),
+    [("pde", bilevel_pde), ("solvers", bilevel_solvers), ("arrays", bilevel_arrays)],
+)
 def test_the_page_of_an_adapter_names_what_it_has(page: str, package: Any):
     text = (DOCS / f"{page}.md").read_text(encoding="utf-8").partition("## The public names")[2]
     listed = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)

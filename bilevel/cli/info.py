@@ -21,7 +21,7 @@ from bilevel.outer.versions import installed, versions
 
 ADAPTERS = {
     "bilevel_pde": ("pde", "operators of PDEs on grids"),
-    "bilevel_arrays": ("arrays", "planned: arrays of other libraries"),
+    "bilevel_arrays": ("arrays", "PyTorch, CuPy and NumPy"),
     "bilevel_solvers": ("solvers", "solvers of other libraries, and BilevelSearch"),
 }
 """Import package of each adapter, its extra, and what it brings."""
