@@ -296,7 +296,7 @@ def truncation_error(
     >>> (gradient, report), solution = jax.grad(loss, argnums=(0, 1), has_aux=True)(3.0, probe)
     >>> error = bl.truncation_error(outer_loss, problem, 3.0, solution, gradient, report)
     >>> round(float(error.total), 3)
-    0.375
+    0.394
     """
     check_callable("truncation_error", "outer_loss", outer_loss, ("x", "theta"))
     judge = ResidualCorrection() if error is None else error

@@ -433,7 +433,7 @@ def _grain(iteration: Iteration, value: PyTree) -> Array | float:
     A map without a fixed point, x + b, has one in floating point: any x that swallows b.
     """
     grain = iteration.grain
-    return 0.0 if grain is None else grain * vector.norm(value) / iteration.unit
+    return 0.0 if grain is None else grain * vector.robust_norm(value) / iteration.unit
 
 
 def _attainable(

@@ -114,7 +114,8 @@ def test_the_error_in_the_history_is_what_the_short_budget_costs():
     _, exact = objective(point)
     np.testing.assert_allclose(exact, 2 * point, rtol=1e-8)
     first, second = objective.history
-    np.testing.assert_allclose(first.error, np.linalg.norm(short - exact), rtol=1e-6)
+    # What it costs, and the margin of a twentieth.
+    np.testing.assert_allclose(first.error, 1.05 * np.linalg.norm(short - exact), rtol=1e-6)
     assert second.error < 1e-8
 
 
