@@ -221,7 +221,7 @@ def test_captured_learning_rate_of_an_optax_schedule_differentiates():
     np.testing.assert_allclose(jitted(jax.grad(unrolled))(0.8), jax.grad(by_hand)(0.8), rtol=1e-12)
 
 
-@pytest.mark.parametrize("estimator", others_slow(["Implicit", "Unrolled"], "Unrolled"))
+@pytest.mark.parametrize("estimator", others_slow(["Implicit", "Unrolled"], "Implicit"))
 def test_captured_theta_in_every_order_of_transformations(estimator: str):
     options = {**GRADIENT, "estimator": getattr(bl, estimator)(), "budget": bl.Budget(9)}
 

@@ -86,6 +86,7 @@ def test_zeros_differentiate():
     np.testing.assert_allclose(result.gradient, 0.25, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_one_step_of_newton_at_its_own_solution():
     matrix = jnp.array([[3.0, 1.0], [0.0, 3.0]])
     problem = bl.RootFinding(lambda x, theta: matrix @ x + 0.1 * x**3 - theta)

@@ -65,6 +65,7 @@ def test_no_firm_gains_by_selling_another_quantity(stackelberg):
         assert 0 < jnp.sum(q > 0) < q.size
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_profit(stackelberg):
     game = stackelberg.Game(jax.random.key(0), 3, 2, "exponential")
     level = game.draw(jax.random.key(1), 3)

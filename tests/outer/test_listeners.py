@@ -38,7 +38,7 @@ def broken_in(epoch: int) -> Any:
     return fail
 
 
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("first", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_callback_goes_on_as_if_there_had_been_no_break(tmp_path: Path, first: bool):
     undisturbed = [Average(), Average()]
     trainee.train(None, callbacks=undisturbed)

@@ -97,6 +97,7 @@ def _update(given, learning_rate):
     return jax.jit(make_update(given, optimizer)), state
 
 
+@pytest.mark.slow
 def test_gradient_is_that_of_the_solution_when_the_starts_have_converged():
     memory = _memory_after(task(), epochs=60)
     given = task(memory=memory)

@@ -103,6 +103,7 @@ def test_walls_that_move_along_carry_a_uniform_flow():
             np.testing.assert_allclose(change(w, i, form), 0.0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_exact_where_the_blocks_commute():
     """Carried by a uniform flow on a periodic grid, M differs from A below the diagonal alone."""
     box = pde.Staggered((6, 8), boundary=P)
