@@ -58,19 +58,32 @@ def decode(
 
     **Raises:** [`DamagedError`][] for a file that is none.
     """
-    try:
-        check_header(content)
-        stored = safetensors.numpy.load(content)
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        msg = f"{where} is no safetensors file: {error}"
-        raise DamagedError(msg) from None
+    stored = load_file(content, where)
     if set(stored) != set(entries):
         msg = f"{where} does not hold the arrays that its manifest names"
         raise DamagedError(msg)
     return {name: _restored(stored[name], entries[name], name, where) for name in entries}
 
 
-def check_header(content: bytes) -> None:
+def load_file(content: bytes, where: object) -> dict[str, np.ndarray]:
+    """All arrays of a safetensors file.
+
+    **Arguments:**
+
+    - `content`: of the file.
+    - `where`: what it was read from, for messages.
+
+    **Raises:** [`DamagedError`][] for a file that is none.
+    """
+    try:
+        _check_header(content)
+        return safetensors.numpy.load(content)
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        msg = f"{where} is no safetensors file: {error}"
+        raise DamagedError(msg) from None
+
+
+def _check_header(content: bytes) -> None:
     """Refuse what the format's own reader lets pass: a name that stands there twice."""
     length = int.from_bytes(content[:8], "little")
     if length <= len(content):  # its reader refuses others

@@ -4,10 +4,9 @@ import json
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
-from bilevel.outer.checkpoints.arrays import check_header
+from bilevel.outer.checkpoints.arrays import load_file
 from bilevel.outer.checkpoints.durable import DamagedError
 from bilevel.outer.history import FIELDS, INTEGERS, WORDS, History, record_of
 
@@ -60,12 +59,7 @@ def decode_records(content: bytes, where: object) -> History:
 
     **Raises:** [`DamagedError`][] for anything else.
     """
-    try:
-        check_header(content)
-        stored = safetensors.numpy.load(content)
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        msg = f"{where} is no safetensors file: {error}"
-        raise DamagedError(msg) from None
+    stored = load_file(content, where)
     count = stored["epoch"].size if "epoch" in stored else 0
     # Others were written by a later version.
     names = [name for name in FIELDS if name in stored]
