@@ -11,6 +11,7 @@ from jaxtyping import Array, PyTree
 from bilevel import vector
 from bilevel.bound import BoundProblem
 from bilevel.error.base import ErrorEstimator, Situation, TruncationError, pairing
+from bilevel.error.change import change
 from bilevel.operator import LinearOperator
 from bilevel.solver import basis
 from bilevel.solver.arnoldi import Decomposition, arnoldi
@@ -113,9 +114,10 @@ class SpectralEstimate(ErrorEstimator):
         def derivatives(x: Any) -> Any:
             return jax.grad(lagrangian, argnums=(0, 1))(x, theta, multiplier)
 
-        _, (forcing, direct) = jax.jvp(derivatives, (x,), (step,))
-        of_primal = vector.add(direct, situation.pull_theta(few(transposed, forcing)))
-        rest = situation.pull_theta(few(transposed, left))
+        there = vector.add(x, step)
+        forcing, direct = change(derivatives, x, step)
+        of_primal = vector.add(direct, situation.pull_theta(few(transposed, forcing), there))
+        rest = situation.pull_theta(few(transposed, left), there)
         if situation.adjoint_value is None:
             implicit = jax.grad(lagrangian, argnums=1)(x, theta, multiplier)
             of_adjoint = vector.subtract(implicit, situation.gradient)

@@ -6,7 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from bilevel.outer.checkpoints.durable import DamagedError
+from bilevel.outer.checkpoints.sharded import read_sharded, write_sharded
 
 PROGRAM = """
 import json, os, random, shutil, sys
@@ -153,3 +159,24 @@ def test_damage_to_sharded_arrays_is_always_seen(tmp_path: Path, backend: str):
     assert found["missed"] == []
     assert any(name.startswith("sharded/") for name in found["files"]) == (backend == "orbax")
     assert int(str(found["tried"])) > 20
+
+
+def test_what_is_larger_than_what_it_is_read_into_is_refused_before_it_is_read(tmp_path: Path):
+    """A few hundred bytes can stand for gigabytes of zeros, under digests that are right."""
+    pytest.importorskip("orbax.checkpoint", reason="needs bilevel[orbax]")
+    mesh = jax.make_mesh((1,), ("x",))
+    whole = NamedSharding(mesh, PartitionSpec())
+    many = jax.device_put(jnp.zeros((1 << 25,), jnp.float32), whole)
+    write_sharded(tmp_path / "many", {"w": many})
+    assert sum(path.stat().st_size for path in (tmp_path / "many").rglob("*")) < 1 << 18
+
+    few = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=whole)
+    with pytest.raises(
+        DamagedError, match=r"array 0 is float32\[33554432\] in place of float32\[4\]"
+    ):
+        read_sharded(tmp_path / "many", {"w": few})
+    with pytest.raises(DamagedError, match="1 arrays in place of 2"):
+        read_sharded(tmp_path / "many", {"v": few, "w": few})
+
+    write_sharded(tmp_path / "few", {"w": many[:4]})
+    assert read_sharded(tmp_path / "few", {"w": few})["w"].tolist() == [0.0] * 4

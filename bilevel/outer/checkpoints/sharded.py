@@ -1,5 +1,6 @@
 """Orbax: arrays that lie over several devices, each device's part written where it is."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -50,13 +51,33 @@ def read_sharded(folder: Path, like: Mapping[str, jax.ShapeDtypeStruct]) -> dict
     arguments = orbax.checkpoint_utils.construct_restore_args(item)
     try:
         with orbax.PyTreeCheckpointer() as checkpointer:
+            _agree(checkpointer.metadata(folder).item_metadata.tree, item)
             found = checkpointer.restore(
                 folder, args=orbax.args.PyTreeRestore(item=item, restore_args=arguments)
             )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         msg = f"{folder} cannot be read: {(str(error).splitlines() or [''])[0]}"
         raise DamagedError(msg) from error
     return {name: found[str(place)] for place, name in enumerate(sorted(like))}
+
+
+def _agree(found: Mapping[str, Any], item: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    """That no array, and no piece of one, is larger than what it is read into.
+
+    **Raises:** `ValueError` naming what does not fit. Nothing of the arrays has been read.
+    """
+    if set(found) != set(item):
+        msg = f"it holds {len(found)} arrays in place of {len(item)}"
+        raise ValueError(msg)
+    for name, wanted in item.items():
+        there, fits = (f"{one.dtype}{list(one.shape)}" for one in (found[name], wanted))
+        if there != fits:
+            msg = f"array {name} is {there} in place of {fits}"
+            raise ValueError(msg)
+        piece = found[name].storage.chunk_shape
+        if piece is None or math.prod(piece) > math.prod(wanted.shape):
+            msg = f"array {name} is in pieces of {piece}, and it is {list(wanted.shape)}"
+            raise ValueError(msg)
 
 
 def _numbered(arrays: Mapping[str, Any]) -> dict[str, Any]:
