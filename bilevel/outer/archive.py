@@ -181,17 +181,19 @@ class Archive:
         """Whether there is a directory to keep anything in."""
         return self.directory is not None
 
-    def grew(self) -> None:
-        """The history has another record: write it, or let it wait a moment for others."""
-        if self._history is None:
-            return
-        # Those in columns at once: as single ones they would take three times as long.
-        if self._records.packed > self._written or time.monotonic() - self._flushed >= _EVERY:
-            self._flush()
+    def grew(self, metric: float | None) -> bool:
+        """The history has another record: write it, or let it wait a moment for others.
 
-    def wants(self, metric: float | None) -> bool:
-        """Whether the end of an epoch with this metric is to be told with a mark."""
-        return self._history is not None and (self.due or self._improves(metric))
+        **Returns:** whether the end of an epoch with this metric is to be told with a mark.
+        """
+        # In every epoch, however short: one look at the clock, and comparisons.
+        if self._history is None:
+            return False
+        now = time.monotonic()
+        # Those in columns at once: as single ones they would take three times as long.
+        if self._records.packed > self._written or now - self._flushed >= _EVERY:
+            self._flush()
+        return now - self._saved >= self._settings.seconds or self._improves(metric)
 
     def ended_epoch(self, mark: Mark) -> None:
         """Remember an epoch that ended better than all before it, and save if that is due."""
@@ -202,11 +204,12 @@ class Archive:
             self.save(mark)
 
     def _improves(self, metric: float | None) -> bool:
-        if not self._settings.best or metric is None or math.isnan(metric):
+        if metric is None or not self._settings.best:
             return False
-        if self._better is not None and self._better.metric is not None:
-            return metric < self._better.metric
-        return self._best is None or metric < self._best[0]
+        better = self._better
+        if better is not None and better.metric is not None:
+            return metric < better.metric
+        return not math.isnan(metric) if self._best is None else metric < self._best[0]
 
     def save(self, mark: Mark) -> None:
         """Write a checkpoint; what goes wrong is said."""

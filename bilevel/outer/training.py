@@ -318,9 +318,8 @@ class Training:
         self._compiled_at_record = compiled
         self._history.append(record)
         if self._archive.keeps:
-            self._archive.grew()
             self._pass()
-            if self._archive.wants(record.metric):
+            if self._archive.grew(record.metric):
                 self._archive.ended_epoch(self._passed.mark())
         if record.work is not None:
             self._work = record.work + (self._work or 0)

@@ -409,3 +409,21 @@ def test_a_section_without_full_needs_none(run: Run):
     charts = {chart.key: chart for chart in section.charts}
     assert "Without a run of full" in charts["savings"].caption
     assert charts["metric"].mark is None
+
+
+def test_what_all_policies_have_in_common_is_said_once(made_run: MadeRun):
+    alike = made_run(*(record(epoch) for epoch in range(1, 6)), task="two", policy="prdp")
+    other = made_run(*(record(epoch, nonfinite=1) for epoch in range(1, 6)), task="two")
+    by_itself = dict(section_of({"prdp": [alike]}, "two", "error", None).findings)["prdp"]
+    assert by_itself
+
+    heads = section_of({"prdp": [alike], "auto": [alike]}, "two", "error", None).findings
+    assert heads == [("Every policy", by_itself), ("prdp", []), ("auto", [])]
+
+    (every, shared), (_, first), (_, second) = section_of(
+        {"prdp": [alike], "auto": [other]}, "two", "error", None
+    ).findings
+    assert every == "Every policy"
+    assert not any(one in shared for one in [*first, *second])
+    assert {one.kind for one in second} > {one.kind for one in first}
+    assert [one for one in by_itself if one in shared or one in first] == by_itself

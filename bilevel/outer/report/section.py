@@ -64,8 +64,14 @@ class Section:
 
     @property
     def findings(self) -> list[tuple[str, list[Finding]]]:
-        """By policy, what its histories say."""
-        return [(name, diagnose_seeds(self.comparison.runs[name])) for name in self.policies]
+        """By policy, what its histories say; first, what those of all policies say alike."""
+        found = {name: diagnose_seeds(self.comparison.runs[name]) for name in self.policies}
+        if len(found) < 2:
+            return list(found.items())
+        first, *others = found.values()
+        shared = [one for one in first if all(one in other for other in others)]
+        own = [(name, [one for one in group if one not in shared]) for name, group in found.items()]
+        return [*([("Every policy", shared)] if shared else []), *own]
 
     @property
     def sheets(self) -> list[Sheet]:
