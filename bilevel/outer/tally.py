@@ -43,9 +43,12 @@ class Tally:
     **Arguments:**
 
     - `ahead`: how many updates may be under way.
+    - `at_once`: whether a report is read as soon as it is ready. Processes that have to find
+        the same at the same update cannot wait for what their own devices happen to do.
     """
 
-    def __init__(self, ahead: int = 32):
+    def __init__(self, ahead: int = 32, *, at_once: bool = True):
+        self._at_once = at_once
         self.made = 0
         self.longest = 0
         self.streak_failures = 0
@@ -115,10 +118,12 @@ class Tally:
     def add(self, report: jax.Array) -> None:
         """Take the report of an update, and read those that are ready."""
         self._waiting.append(report)
-        while self._waiting and (len(self._waiting) > self._ahead or _is_ready(self._waiting[0])):
+        while len(self._waiting) > self._ahead:
+            self._read()
+        while self._at_once and self._waiting and _is_ready(self._waiting[0]):
             self._read()
 
-    def spend(self, report: jax.Array) -> None:
+    def spend(self, report: np.ndarray) -> None:
         """Count the work of a gradient that no update was made with."""
         row = np.asarray(report, dtype=np.float64)
         row = np.where(np.isfinite(row), row, 0.0)

@@ -11,6 +11,7 @@ from jaxtyping import Array, PyTree
 
 from bilevel import vector
 from bilevel.outer.checkpoint import is_array
+from bilevel.outer.devices import Placement
 from bilevel.outer.executable import Executable
 from bilevel.outer.task import Task
 from bilevel.outer.update import Gradient, Report, State, make_parts, make_update
@@ -25,10 +26,17 @@ class WholeUpdate:
     **Arguments:**
 
     - `optimizer_static`: the part of the optimizer's state that is not arrays.
+    - `placement`: where everything lies.
+    - `state`: to begin with.
     """
 
     def __init__(
-        self, task: Task, optimizer: optax.GradientTransformation, optimizer_static: PyTree
+        self,
+        task: Task,
+        optimizer: optax.GradientTransformation,
+        optimizer_static: PyTree,
+        placement: Placement,
+        state: State,
     ):
         update = make_update(task, optimizer)
 
@@ -36,7 +44,9 @@ class WholeUpdate:
             state, report = update(_whole(state, optimizer_static), batch, fidelity)
             return _arrays(state), report
 
-        self._update = Executable(outer_update)
+        # The state stays where it is: else another layout would compile anew.
+        out = placement.shardings(state), placement.everywhere
+        self._update = Executable(outer_update, out=out)
 
     @property
     def count(self) -> int:
@@ -66,7 +76,12 @@ class PartedUpdate:
     """
 
     def __init__(
-        self, task: Task, optimizer: optax.GradientTransformation, optimizer_static: PyTree
+        self,
+        task: Task,
+        optimizer: optax.GradientTransformation,
+        optimizer_static: PyTree,
+        placement: Placement,
+        state: State,
     ):
         differentiate, apply = make_parts(task, optimizer)
 
@@ -77,9 +92,12 @@ class PartedUpdate:
             state, report = apply(_whole(state, optimizer_static), batch, fidelity, found)
             return _arrays(state), report
 
-        self._gradient = Executable(outer_gradient)
-        self._apply = Executable(outer_application)
-        self._distance = Executable(_distance, runs_briefly=True)
+        stays, everywhere = placement.shardings(state), placement.everywhere
+        trained, memory = (None, None) if stays is None else (stays.trained, stays.memory)
+        gradient = Gradient(everywhere, trained, everywhere, memory)
+        self._gradient = Executable(outer_gradient, out=gradient)
+        self._apply = Executable(outer_application, out=(stays, everywhere))
+        self._distance = Executable(_distance, runs_briefly=True, out=everywhere)
 
     @property
     def count(self) -> int:
@@ -119,11 +137,11 @@ class PartedUpdate:
 Updater = WholeUpdate | PartedUpdate
 
 
-def report_of(found: Gradient) -> Report:
+def report_of(found: Gradient) -> np.ndarray:
     """What was done for a gradient, as the report of an update that was made."""
-    dtype = found.numbers.dtype
-    head = jnp.stack([jnp.ones((), dtype), found.value.astype(dtype), jnp.full((), jnp.nan, dtype)])
-    return jnp.concatenate([head, found.numbers])
+    numbers = np.asarray(found.numbers)
+    head = np.array([1.0, np.asarray(found.value), np.nan], numbers.dtype)
+    return np.concatenate([head, numbers])
 
 
 def norm_of(found: Gradient) -> np.floating[Any]:

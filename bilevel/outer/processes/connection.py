@@ -1,0 +1,148 @@
+"""Connection: this process becomes one of several that compute together."""
+
+import contextlib
+import time
+import warnings
+from collections.abc import Generator
+
+import jax
+
+from bilevel.outer.processes.client import Client, client
+from bilevel.outer.processes.watch import FAILED, Watch
+
+_MOST_TEXT = 300
+
+
+@contextlib.contextmanager
+def connected_processes(
+    coordinator: str | None = None,
+    process: int | None = None,
+    processes: int | None = None,
+    *,
+    silence: float = 15.0,
+    patience: float = 120.0,
+) -> Generator[None]:
+    """Connect this process with others by JAX's distributed runtime, and look after them.
+
+    To be entered before JAX is used, and once. Inside, `jax.devices()` are those of all
+    processes, and [`optimize`][] trains with all of them, as docs/processes.md tells. On the CPU,
+    collectives go over gloo.
+
+    A process that is killed, frozen or cut off makes all others end: with a line on standard
+    error and exit code 75, at most 2 seconds after `silence` is over. If it is process 0 that
+    is killed, JAX itself ends the others at once, by SIGABRT.
+
+    **Arguments:**
+
+    - `coordinator`: ``host:port`` of process 0, the same in all; `None` asks what has started the
+        processes: Slurm, Open MPI, Kubernetes, a TPU pod.
+    - `process`: number of this one, from 0; `None` likewise.
+    - `processes`: how many there are; `None` likewise.
+    - `silence`: seconds without a heartbeat after which a process is lost, from 3 to 25.
+    - `patience`: seconds to wait for the others to come.
+
+    **Raises:** `ValueError` naming the argument, or where nothing is found that has started
+    several processes; `RuntimeError` where JAX has been used already or the others do not come.
+
+    >>> with connected_processes("127.0.0.1:65500", 3, 2):
+    ...     pass
+    Traceback (most recent call last):
+    ValueError: connected_processes: process should be from 0 to 1, got 3.
+    """
+    _check(process, processes, silence)
+    _connect(coordinator, process, processes, silence, patience)
+    own = client()
+    watch = Watch(own, silence)
+    try:
+        yield
+    except BaseException as error:
+        # SystemExit and KeyboardInterrupt included: who leaves is missed by the others.
+        if failed_together(error, 1.5 * silence + 3.0):
+            _leave(own, watch)
+        raise
+    _leave(own, watch)
+
+
+def failed_together(error: BaseException, seconds: float = 25.0) -> bool:
+    """Tell the other processes that this one has raised, and whether all of them have.
+
+    If another is lost, this ends the process; see `Watch`.
+
+    **Arguments:**
+
+    - `error`: what was raised.
+    - `seconds`: to wait for the others.
+    """
+    try:
+        own = client()
+    except RuntimeError:
+        return True  # there are no others
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    until = time.monotonic() + seconds
+    try:
+        own.tell(f"{FAILED}{own.index}", text[:_MOST_TEXT])
+        while len(own.entries(FAILED)) < own.count:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.1)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _check(process: int | None, processes: int | None, silence: float) -> None:
+    if processes is not None and processes < 1:
+        msg = f"connected_processes: processes should be 1 or more, got {processes}."
+        raise ValueError(msg)
+    if process is not None and not 0 <= process < (processes or process + 1):
+        msg = f"connected_processes: process should be from 0 to {(processes or 1) - 1}, got {process}."
+        raise ValueError(msg)
+    if not 3.0 <= silence <= 25.0:
+        msg = f"connected_processes: silence should be from 3 to 25 seconds, got {silence}."
+        raise ValueError(msg)
+
+
+def _connect(
+    coordinator: str | None,
+    process: int | None,
+    processes: int | None,
+    silence: float,
+    patience: float,
+) -> None:
+    # Who is lost is for the watch to say: without this JAX ends all, by SIGABRT.
+    jax.config.update("jax_enable_recoverability", True)
+    # It would take SIGTERM for itself.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    given = None not in (coordinator, process, processes)
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            cluster_detection_method="deactivate" if given else None,
+            initialization_timeout=round(patience),
+            heartbeat_timeout_seconds=round(silence),
+            shutdown_timeout_seconds=round(silence),
+        )
+    except ValueError as error:
+        msg = (
+            f"connected_processes: {str(error).rstrip('.')}. Give coordinator, process and "
+            "processes; only where Slurm, Open MPI or Kubernetes has started this process are they "
+            "found by themselves."
+        )
+        raise ValueError(msg) from error
+
+
+def _leave(own: Client, watch: Watch) -> None:
+    """Leave together: process 0 last, for with it goes what tells the others that all is well."""
+    try:
+        own.meet("bilevel/leaving")
+        watch.stop()
+        if own.index == 0:
+            until = time.monotonic() + 10.0
+            while time.monotonic() < until and own.living() != {0}:
+                time.sleep(0.05)
+        jax.distributed.shutdown()
+    except RuntimeError as error:
+        warnings.warn(f"processes did not leave together: {error}", RuntimeWarning, stacklevel=2)

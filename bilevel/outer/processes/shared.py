@@ -1,0 +1,107 @@
+"""Shared: what all processes of a run have to agree on."""
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+T = TypeVar("T")
+
+
+def several() -> bool:
+    """Whether this process is one of several that JAX has connected."""
+    return jax.process_count() > 1
+
+
+def first() -> bool:
+    """Whether this process is the one that writes and speaks for all."""
+    return jax.process_index() == 0
+
+
+def shared(value: T) -> T:
+    """What process 0 has, in every process: all of them have to call it.
+
+    **Arguments:**
+
+    - `value`: plain data that JSON can hold; elsewhere than in process 0 it is not looked at.
+
+    >>> shared(["one", 2.5, None])
+    ['one', 2.5, None]
+    """
+    if not several():
+        return value
+    content = json.dumps(value).encode() if first() else b""
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    room = np.zeros(length, np.uint8)
+    room[: len(content)] = np.frombuffer(content, np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(room)).tobytes())
+
+
+def decided(function: Callable[[], T], *errors: type[Exception]) -> T:
+    """What a function gives in process 0, which alone calls it, in every process.
+
+    **Arguments:**
+
+    - `function`: gives plain data that JSON can hold.
+    - `errors`: that it may raise; they are raised in every process.
+
+    >>> decided(lambda: 3)
+    3
+    """
+    if not several():
+        return function()
+    found: Any = None
+    raised: Exception | None = None
+    number, message = -1, ""
+    if first():
+        try:
+            found = function()
+        except errors as error:
+            raised, message = error, str(error)
+            number = next(place for place, kind in enumerate(errors) if isinstance(error, kind))
+    found, number, message = shared([found, number, message])
+    if raised is not None:
+        raise raised
+    if number >= 0:
+        raise errors[number](message)
+    return found
+
+
+def lay(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array that every process has, laid over the devices of all.
+
+    **Arguments:**
+
+    - `leaf`: of JAX or NumPy, the same in every process.
+    - `sharding`: where it shall lie.
+    """
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        bits = lay(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(leaf))
+    content = np.asarray(leaf)
+    if not isinstance(leaf, jax.Array):
+        # NumPy's double precision where JAX computes in single.
+        content = content.astype(jax.dtypes.canonicalize_dtype(content.dtype))
+    return jax.make_array_from_callback(content.shape, sharding, lambda index: content[index])
+
+
+def is_scattered(leaf: Any) -> bool:
+    """Whether no process has all of an array."""
+    return (
+        isinstance(leaf, jax.Array)
+        and not leaf.is_fully_addressable
+        and not leaf.is_fully_replicated
+    )
+
+
+def gathered(leaf: Any) -> Any:
+    """An array of which each process has a part, whole in every process; all have to call it."""
+    if not is_scattered(leaf):
+        return leaf
+    return multihost_utils.process_allgather(leaf, tiled=True)
