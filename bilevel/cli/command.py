@@ -56,7 +56,7 @@ def _train(options: argparse.Namespace, words: list[str]) -> int:
         if options.command == "run":
             from bilevel.cli.run import run
 
-            return run(options)
+            return run(options, words)
         from bilevel.cli.compare import compare
 
         return compare(options, words)

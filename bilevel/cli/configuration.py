@@ -56,6 +56,9 @@ class RunConfiguration(Configuration):
 
     - `tensorboard`: directory of event files for TensorBoard.
     - `mlflow`: tracking server or store of MLflow.
+    - `devices`: that share each batch, in each process.
+    - `processes`: to start on this machine.
+    - `silence`: seconds after which a process that does not answer is lost.
     """
 
     policy: str | None = None
@@ -63,6 +66,9 @@ class RunConfiguration(Configuration):
     checkpoints: Checkpoints = Checkpoints()
     tensorboard: Name | None = None
     mlflow: Name | None = None
+    devices: Count | None = None
+    processes: Count | None = None
+    silence: Annotated[Real, Field(ge=3, le=25)] = 15.0
 
 
 class CompareConfiguration(Configuration):
@@ -282,6 +288,9 @@ _OPTIONS = {
     "strict": "checkpoints.strict",
     "tensorboard": "tensorboard",
     "mlflow": "mlflow",
+    "devices": "devices",
+    "processes": "processes",
+    "silence": "silence",
     "seeds": "seeds",
     "target": "target",
     "margin": "margin",
@@ -304,6 +313,8 @@ def _apply(
         options.policy, options.seed = found.policy, found.seed
         options.checkpoints = found.checkpoints
         options.tensorboard, options.mlflow = found.tensorboard, found.mlflow
+        options.devices, options.processes = found.devices, found.processes
+        options.silence = found.silence
     else:
         options.policies = None if found.policies is None else ",".join(found.policies)
         options.seeds = tuple(found.seeds)

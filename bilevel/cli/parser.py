@@ -115,6 +115,7 @@ def _parsers() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
     )
     run.add_argument("--tensorboard", metavar="DIR", help="event files for TensorBoard, into DIR")
     run.add_argument("--mlflow", metavar="URI", help="log to this tracking server of MLflow")
+    _add_processes(run)
     run.add_argument("--keep", type=_whole, metavar="N", help="checkpoints, besides the best (2)")
     _add_output(run)
 
@@ -238,6 +239,35 @@ def _add_task(parser: Parser) -> None:
     )
 
 
+def _add_processes(parser: Parser) -> None:
+    parser.add_argument(
+        "--devices",
+        type=_whole,
+        metavar="N",
+        help="devices that share each batch, in each process; simulated on the CPU (one; in several "
+        "processes all there are)",
+    )
+    parser.add_argument(
+        "--processes", type=_whole, metavar="N", help="start so many on this machine, one run in all"
+    )
+    parser.add_argument(
+        "--process",
+        type=_process,
+        metavar="I/N",
+        help="be one of several that others start, with the same command; `auto` under Slurm, Open "
+        "MPI or Kubernetes",
+    )
+    parser.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="with --process I/N: a free port where 0/N runs"
+    )
+    parser.add_argument(
+        "--silence",
+        type=_share,
+        metavar="S",
+        help="seconds after which a process that does not answer is lost, and all others stop (15)",
+    )
+
+
 def _add_output(parser: Parser) -> None:
     kept = parser.add_mutually_exclusive_group()
     kept.add_argument(
@@ -261,6 +291,16 @@ def _whole(word: str) -> int:
         msg = f"{word!r} is no whole number of 1 or more."
         raise argparse.ArgumentTypeError(msg)
     return int(word)
+
+
+def _process(word: str) -> tuple[int, int] | str:
+    if word == "auto":
+        return word
+    index, _, count = word.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        msg = f"{word!r} is no process: write I/N with I from 0 to N - 1, such as 0/4, or auto."
+        raise argparse.ArgumentTypeError(msg)
+    return int(index), int(count)
 
 
 def _seed(word: str) -> int:

@@ -1,14 +1,16 @@
 """`bilevel run`: train a task."""
 
 import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.text import Text
 
-from bilevel.cli.configuration import configure
+from bilevel.cli.configuration import Configuration, configure
 from bilevel.cli.failure import DONE, FAILED, UsageError
 from bilevel.cli.output import put, say
+from bilevel.cli.processes import check_devices, check_processes, joined, start
 from bilevel.cli.signals import leaving_on_signals
 from bilevel.cli.training import (
     KeepConfiguration,
@@ -19,28 +21,46 @@ from bilevel.cli.training import (
     make_directory,
     report,
 )
+from bilevel.cli.taskfile import TaskFile
 from bilevel.outer.archive import ResumeError
 from bilevel.outer.assignment import controller_for, default_policy
 from bilevel.outer.callbacks import Callback
 from bilevel.outer.checkpoints.sharded import orbax_library
 from bilevel.outer.checkpoints.store import has_checkpoints
+from bilevel.outer.devices import DevicesError
 from bilevel.outer.diagnostics import diagnose
 from bilevel.outer.finding import Weight
 from bilevel.outer.mlflow import MLflow
 from bilevel.outer.optimize import NonFiniteError, optimize
 from bilevel.outer.policy import parse_policy
+from bilevel.outer.processes.shared import decided, first
 from bilevel.outer.run import INTERRUPTED as STATUS_INTERRUPTED
 from bilevel.outer.run import Run, holds_run
+from bilevel.outer.task import Task
 from bilevel.outer.tensorboard import TensorBoard
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     """Train the task that the options name.
+
+    **Arguments:**
+
+    - `options`: parsed.
+    - `words`: that they were parsed from, for processes to be started with.
 
     **Returns:** the exit code.
     """
     _check_options(options)
     configuration = configure(options)
+    check_processes(options)
+    if options.processes is not None and options.process is None:
+        return start(options, words)
+    with joined(options):
+        return _run(options, configuration)
+
+
+def _run(options: argparse.Namespace, configuration: Configuration) -> int:
+    check_devices(options)
     file = load(options)
     task = file.build(options.seed)
     check_trainable(task, options)
@@ -50,11 +70,11 @@ def run(options: argparse.Namespace) -> int:
         controller = controller_for(policy, task)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    directory = directory_for(options, f"{task.name}-{policy.text}")
-    _check_directory(options, directory)
-    make_directory(directory)
-    kept = KeepConfiguration(directory, options, configuration, file)
-    callbacks = [kept, *_trackers(options, {"policy": policy.text, **kept.effective})]
+    directory = _agreed(lambda: _directory(options, f"{task.name}-{policy.text}"))
+    callbacks: list[Callback] = []
+    if first():
+        kept = KeepConfiguration(directory, options, configuration, file)
+        callbacks = [kept, *_trackers(options, {"policy": policy.text, **kept.effective})]
     try:
         with leaving_on_signals() as leaving, file.guard():
             outcome = optimize(
@@ -70,24 +90,43 @@ def run(options: argparse.Namespace) -> int:
                 label=policy.text,
                 checkpoints=options.checkpoints,
                 callbacks=callbacks,
+                devices=options.devices,
             )
-    except (ResumeError, FileExistsError) as error:
+    except (ResumeError, FileExistsError, DevicesError) as error:
         raise UsageError(str(error).removeprefix("optimize: ")) from error
     except NonFiniteError as error:
-        if options.quiet:  # else the progress has said it
+        if options.quiet and first():  # else the progress has said it
             say(str(error))
         return FAILED
+    if first():
+        _show(options, file, task, outcome, directory)
+    return leaving.code if outcome.status == STATUS_INTERRUPTED else DONE
+
+
+def _show(
+    options: argparse.Namespace, file: TaskFile, task: Task, outcome: Run, directory: Path | None
+) -> None:
     if options.json:
         put(outcome.summary.to_json())
     else:
         console().print(outcome.table(), *_advice(outcome))
     report(file, task, [outcome], directory)
-    if outcome.status == STATUS_INTERRUPTED:
+    if outcome.status == STATUS_INTERRUPTED and options.quiet:
         kept = "" if directory is None else f"; what was done so far is in {directory}"
-        if options.quiet:
-            say(f"{outcome.summary.message}{kept}")
-        return leaving.code
-    return DONE
+        say(f"{outcome.summary.message}{kept}")
+
+
+def _directory(options: argparse.Namespace, name: str) -> str | None:
+    directory = directory_for(options, name)
+    _check_directory(options, directory)
+    make_directory(directory)
+    return None if directory is None else str(directory)
+
+
+def _agreed(choose: Callable[[], str | None]) -> Path | None:
+    """The directory that process 0 chooses: others might see what it has made already."""
+    directory = decided(choose, UsageError)
+    return None if directory is None else Path(directory)
 
 
 def _advice(outcome: Run) -> list[Text]:

@@ -25,13 +25,23 @@ from bilevel.cli.failure import (
 )
 from bilevel.outer.archive import NotKeptError, ResumeError
 from bilevel.outer.checkpoints.owner import DirectoryInUseError
+from bilevel.outer.devices import DevicesError
 from bilevel.outer.optimize import NonFiniteError
+from bilevel.outer.processes.connection import speaks
 from bilevel.outer.suggestion import did_you_mean
 from bilevel.outer.task import Task
 
 _NAME = "task"
 
-_OURS = (UsageError, TaskError, NonFiniteError, ResumeError, DirectoryInUseError, NotKeptError)
+_OURS = (
+    UsageError,
+    TaskError,
+    NonFiniteError,
+    ResumeError,
+    DirectoryInUseError,
+    NotKeptError,
+    DevicesError,
+)
 """What is no fault of the user's file."""
 
 
@@ -128,7 +138,8 @@ class TaskFile:
         except _OURS:
             raise
         except (Exception, SystemExit) as error:
-            show_traceback(error, self.file, whole=self._traceback)
+            if speaks(error):
+                show_traceback(error, self.file, whole=self._traceback)
             raise TaskError from error
 
     def _load(self) -> types.ModuleType:
@@ -144,7 +155,8 @@ class TaskFile:
             # Mere lines of a file, not yet a task of it: the line says which.
             if self._traceback:
                 raise
-            say_in_one_line(error, self.file)
+            if speaks(error):
+                say_in_one_line(error, self.file)
             raise TaskError from error
 
 

@@ -11,11 +11,12 @@ from typing import NamedTuple
 from jaxtyping import PyTree
 
 from bilevel.outer.checkpoints.durable import naming, sweep
-from bilevel.outer.checkpoints.owner import Owner
+from bilevel.outer.checkpoints.owner import DirectoryInUseError, Owner
 from bilevel.outer.checkpoints.settings import Checkpoints
 from bilevel.outer.checkpoints.store import Moment, Store, Stored
 from bilevel.outer.fingerprint import OtherRunError
 from bilevel.outer.history import History
+from bilevel.outer.processes.shared import decided, same_everywhere, shared
 from bilevel.outer.run import HISTORY_FILE, SUMMARY_FILE, THETA_FILE, Run
 
 
@@ -88,11 +89,20 @@ class Archive:
     - `directory`: made if it does not exist; `None` keeps nothing.
     - `begun_with`: fingerprint of the run, kept with every checkpoint.
     - `checkpoints`: how often, and how many.
+    - `writes`: whether this process does; of several, one.
+    - `together`: whether the others have to take part, for each has arrays of its own.
     """
 
     def __init__(
-        self, directory: Path | None, begun_with: dict[str, str], checkpoints: Checkpoints
+        self,
+        directory: Path | None,
+        begun_with: dict[str, str],
+        checkpoints: Checkpoints,
+        *,
+        writes: bool = True,
+        together: bool = False,
     ):
+        self._writes, self.together = writes, together
         # Absolute: a run outlives a change of the working directory.
         self.directory = None if directory is None else directory.absolute()
         self._settings = checkpoints
@@ -104,8 +114,11 @@ class Archive:
                 begun_with,
                 checkpoints.last,
                 orbax=checkpoints.backend == "orbax",
+                writes=writes,
+                together=together,
             )
         )
+        self._opened = False
         self._owner: Owner | None = None
         self._history: int | None = None
         self._records = History()
@@ -125,8 +138,12 @@ class Archive:
         **Raises:** `DirectoryInUseError`.
         """
         if self.directory is not None:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._owner = Owner(self.directory)
+            decided(self._own, DirectoryInUseError, OSError)
+
+    def _own(self) -> None:
+        assert self.directory is not None
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._owner = Owner(self.directory)
 
     def release(self) -> None:
         """Leave the directory to others."""
@@ -151,13 +168,24 @@ class Archive:
         - `say`: tells what must not be missed.
         - `compilations`: how many there were so far, of the update and of all else.
         """
-        if self.directory is None or self._store is None:
+        if not self.keeps:
             return
         self._say, self._compilations = say, compilations
+        self._records = history
+        if self._writes:
+            self._begin()
+        if self.together:
+            best = shared(self._best)
+            self._best = None if best is None else (best[0], Moment(*best[1]))
+        self._opened = True
+
+    def _begin(self) -> None:
+        assert self.directory is not None
+        assert self._store is not None
         sweep(self.directory)
         for line in self._damage:
-            say(line)
-        if history:
+            self._say(line)
+        if self._records:
             self._store.set_aside()
             self._best = self._store.best()
         else:
@@ -165,21 +193,28 @@ class Archive:
             for name in (THETA_FILE, SUMMARY_FILE, HISTORY_FILE):
                 (self.directory / name).unlink(missing_ok=True)
             self._store.clear()
-        self._records = history
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         self._history = os.open(self.directory / HISTORY_FILE, flags, 0o644)
         self._flush()
 
     @property
     def due(self) -> bool:
-        """Whether it is time for a checkpoint."""
-        waited = time.monotonic() - self._saved
-        return self._history is not None and waited >= self._settings.seconds
+        """Whether it is time for a checkpoint, and this process can write it by itself."""
+        return self._late and not self.together
+
+    @property
+    def overdue(self) -> bool:
+        """Whether it is time for one in which all processes have to take part."""
+        return self._late and self.together and self._writes
+
+    @property
+    def _late(self) -> bool:
+        return self._opened and time.monotonic() - self._saved >= self._settings.seconds
 
     @property
     def keeps(self) -> bool:
-        """Whether there is a directory to keep anything in."""
-        return self.directory is not None
+        """Whether there is a directory to keep anything in, and this process has a part in it."""
+        return self.directory is not None and (self._writes or self.together)
 
     def grew(self, metric: float | None) -> bool:
         """The history has another record: write it, or let it wait a moment for others.
@@ -187,13 +222,14 @@ class Archive:
         **Returns:** whether the end of an epoch with this metric is to be told with a mark.
         """
         # In every epoch, however short: one look at the clock, and comparisons.
-        if self._history is None:
+        if not self._opened:
             return False
         now = time.monotonic()
         # Those in columns at once: as single ones they would take three times as long.
         if self._records.packed > self._written or now - self._flushed >= _EVERY:
             self._flush()
-        return now - self._saved >= self._settings.seconds or self._improves(metric)
+        late = now - self._saved >= self._settings.seconds
+        return (late and not self.together) or self._improves(metric)
 
     def ended_epoch(self, mark: Mark) -> None:
         """Remember an epoch that ended better than all before it, and save if that is due."""
@@ -226,10 +262,13 @@ class Archive:
 
         **Raises:** [`NotKeptError`][] naming file and cause.
         """
-        if self._history is None or self.directory is None:
+        if not self._opened:
             return
+        self._opened = False
         failures: list[OSError] = []
-        parts = [self._write, lambda: run.save_result(self.directory or Path())]
+        parts: list[Callable[[], None]] = []
+        if self._writes:
+            parts = [self._write, lambda: run.save_result(self.directory or Path())]
         if mark is not None:
             parts.append(lambda: self._save(mark))
         # Each for itself: where one file cannot be written, another may.
@@ -238,8 +277,9 @@ class Archive:
                 part()
             except OSError as error:
                 failures.append(error)
-        os.close(self._history)
-        self._history = None
+        if self._history is not None:
+            os.close(self._history)
+            self._history = None
         if failures:
             msg = f"the run could not be kept: {in_words(failures[0])}"
             raise NotKeptError(msg, run) from failures[0]
@@ -256,8 +296,10 @@ class Archive:
         """
         assert self._store is not None
         try:
-            found = self._store.newest(like, strict=self._settings.strict)
-            _check_end(found.place.epoch, found.history)
+            with same_everywhere() as place:
+                found = self._store.newest(like, strict=self._settings.strict)
+                _check_end(found.place.epoch, found.history)
+                place.append(found.place.name)
         except OtherRunError as error:
             msg = (
                 f"optimize: {self.directory} holds a run of something else: {error}. Go on with "
@@ -297,6 +339,8 @@ class Archive:
         )
 
     def _flush(self) -> None:
+        if not self._writes:
+            return
         try:
             self._write()
         except OSError as error:

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from bilevel.outer.checkpoints.durable import write_file
+from bilevel.outer.processes.shared import gathered, lay
 
 ROOT = "value"
 """Name of the only leaf of a pytree that is one array."""
@@ -134,8 +135,11 @@ def _is_key(leaf: Any) -> bool:
 
 
 def plain_array(leaf: Any) -> np.ndarray:
-    """An array of JAX or NumPy as one of NumPy; of random keys, their bits."""
-    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+    """An array of JAX or NumPy as one of NumPy; of random keys, their bits.
+
+    Where each process has a part of it, all have to call this.
+    """
+    return np.asarray(gathered(jax.random.key_data(leaf) if _is_key(leaf) else leaf))
 
 
 def _to_numpy(leaf: Any) -> tuple[np.ndarray, str]:
@@ -160,4 +164,4 @@ def _restore(path: object, name: str, array: Any, leaf: Any) -> Any:
     if not isinstance(leaf, jax.Array) or isinstance(array, jax.Array | jax.ShapeDtypeStruct):
         return array  # put where it belongs already
     # Where it was asked to be; what nobody asked for is the default device's.
-    return jax.device_put(array, leaf.sharding) if leaf.committed else jnp.asarray(array)
+    return lay(array, leaf.sharding) if leaf.committed else jnp.asarray(array)

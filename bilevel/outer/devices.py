@@ -1,6 +1,5 @@
 """Devices: how a run's parameters and batches lie over several of them."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,6 +12,10 @@ from bilevel.outer.checkpoint import is_array
 from bilevel.outer.processes.shared import is_scattered, lay, several
 from bilevel.refinement.fidelity import Fidelity
 from bilevel.signature import brief
+
+class DevicesError(ValueError):
+    """There are fewer devices than were asked for, or they do not divide what they shall share."""
+
 
 AXIS = "batch"
 """Of the mesh that is made where a number of devices is asked for."""
@@ -27,7 +30,7 @@ def mesh_of(devices: int | Mesh | None, *, batches: bool) -> Mesh | None:
         and for all there are in several.
     - `batches`: whether there is anything to split.
 
-    **Raises:** `ValueError` where there are fewer devices than that, `TypeError` for anything else.
+    **Raises:** `DevicesError` where there are fewer devices than that, `TypeError` for anything else.
     """
     if isinstance(devices, Mesh):
         return devices if batches and devices.size > 1 else None
@@ -61,7 +64,7 @@ def _of_each_process(count: int | None) -> list[jax.Device]:
             )
             where = f" of process {process}" if several() else ""
             msg = f"optimize: devices={count}, and there are {len(own)} ({kind}){where}. {advice}"
-            raise ValueError(msg)
+            raise DevicesError(msg)
         chosen += own[:count]
     return chosen
 
@@ -74,17 +77,18 @@ class Placement:
     over several devices already stays as it is.
 
     - `mesh`: the devices; `None` leaves everything where it is.
+    - `splits`: whether batches are split over them.
 
     **Arguments:**
 
     - `mesh`: from [`mesh_of`][].
     - `state`: parameters and memory, to see where the user has put them.
 
-    **Raises:** `ValueError` where that is on other devices.
+    **Raises:** `DevicesError` where that is on other devices.
     """
 
     def __init__(self, mesh: Mesh | None, state: PyTree):
-        self._splits = mesh is not None
+        self.splits = mesh is not None
         for path, leaf in jax.tree_util.tree_leaves_with_path(state):
             if not _spread(leaf):
                 continue
@@ -96,18 +100,17 @@ class Placement:
                     f"devices ({len(leaf.sharding.device_set)}) than the batches shall "
                     f"({mesh.size}). Give devices= the mesh that it lies on."
                 )
-                raise ValueError(msg)
+                raise DevicesError(msg)
         self.mesh = mesh
 
     @property
-    def words(self) -> str:
-        """The devices in words, as a run's fingerprint has them."""
-        if not self._splits or self.mesh is None:
-            return "one" if not several() else f"{jax.process_count()} processes"
-        processes = jax.process_count()
-        over = f" of {processes} processes" if processes > 1 else ""
-        along = f", {self._parts} parts" if self._parts != self.mesh.size else ""
-        return f"{self.mesh.size}{over}{along}"
+    def begun_with(self) -> dict[str, str]:
+        """The devices in words, as a part of a run's fingerprint: sums depend on their order."""
+        found = {"processes": str(jax.process_count())} if several() else {}
+        if self.splits and self.mesh is not None:
+            shape = " × ".join(map(str, self.mesh.devices.shape))
+            found["devices"] = shape
+        return found
 
     @property
     def _parts(self) -> int:
@@ -116,7 +119,7 @@ class Placement:
 
     def whole(self, tree: PyTree) -> PyTree:
         """Every array of a tree on every device, unless it was put somewhere."""
-        if self.mesh is None or not (self._splits or several()):
+        if self.mesh is None or not (self.splits or several()):
             return tree
         sharding = NamedSharding(self.mesh, PartitionSpec())
         return jax.tree.map(
@@ -126,9 +129,9 @@ class Placement:
     def batch(self, batch: PyTree) -> PyTree:
         """A batch, its leading axis split; arrays without one are everywhere.
 
-        **Raises:** `ValueError` where the devices do not divide it.
+        **Raises:** `DevicesError` where the devices do not divide it.
         """
-        if self.mesh is None or not self._splits:
+        if self.mesh is None or not self.splits:
             return self.whole(batch)
         self.check(batch)
         axis = self.mesh.axis_names[0]
@@ -147,7 +150,7 @@ class Placement:
 
         **Raises:** `ValueError` naming its size and theirs, where they do not divide it.
         """
-        if self.mesh is None or not self._splits:
+        if self.mesh is None or not self.splits:
             return
         for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
             size = np.shape(leaf)[0] if is_array(leaf) and np.ndim(leaf) else 0
@@ -159,7 +162,7 @@ class Placement:
                     f"{self._parts}, such as {self._parts * -(-size // self._parts)}, or other "
                     "devices."
                 )
-                raise ValueError(msg)
+                raise DevicesError(msg)
 
     def fidelity(self, fidelity: Fidelity) -> Fidelity:
         """Its numbers, as every process can hand them to a program of all."""
@@ -188,13 +191,3 @@ def _spread(leaf: Any) -> bool:
 def scattered(tree: PyTree) -> bool:
     """Whether there is such an array in a tree."""
     return any(is_scattered(leaf) for leaf in jax.tree.leaves(tree))
-
-
-def check_batches(placement: Placement, batches: Any) -> None:
-    """Compare all listed batches with the devices.
-
-    **Raises:** `ValueError` as [`Placement.check`][].
-    """
-    if isinstance(batches, Sequence):
-        for batch in batches:
-            placement.check(batch)

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from bilevel.outer.executable import Executable
+from bilevel.outer.processes.shared import shared
 
 
 def real_number(value: Any) -> np.generic | float:
@@ -29,6 +30,13 @@ def real_number(value: Any) -> np.generic | float:
             pass
     msg = f"Task: validate should return one real number, got {value!r}. Reduce it, or take .real."
     raise TypeError(msg)
+
+
+def same_number(number: np.generic | float) -> np.generic | float:
+    """What process 0 has measured, bit for bit, in every process."""
+    name, bits = shared([type(number).__name__, np.asarray(number).tobytes().hex()])
+    found = np.frombuffer(bytes.fromhex(bits), np.dtype(name))[0]
+    return float(found) if name == "float" else found
 
 
 def widened(metric: Any) -> Any:

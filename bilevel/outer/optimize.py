@@ -5,12 +5,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import optax
+from jax.sharding import Mesh
 
 from bilevel.outer.archive import NotKeptError, in_words
 from bilevel.outer.callbacks import AnyCallback, as_callbacks
 from bilevel.outer.checkpoints.settings import Checkpoints
 from bilevel.outer.checkpoints.store import has_checkpoints
+from bilevel.outer.devices import mesh_of
 from bilevel.outer.giving_up import NonFiniteStreak
+from bilevel.outer.processes.shared import decided, first, several
 from bilevel.outer.progress import Reporter, reporter
 from bilevel.outer.run import (
     COMPLETED,
@@ -64,6 +67,7 @@ def optimize(
     label: str | None = None,
     time_solver: bool = False,
     checkpoints: Checkpoints | None = None,
+    devices: int | Mesh | None = None,
 ) -> Run:
     """Train a task's parameters, at the fidelity a controller asks for.
 
@@ -103,6 +107,11 @@ def optimize(
         in no other figure of the run. It is the summary's `solver_seconds`.
     - `checkpoints`: how often they are written and how many are kept; by default every minute, the
         last two and the best.
+    - `devices`: that share the work on each batch: a number of them, or a `jax.sharding.Mesh` whose
+        first axis it is. Each batch's leading axis is split over them, all else is on each, and
+        arrays that the task has put on several devices stay as they are. Gradients are those of
+        one device but for rounding. In several processes (see [`connected_processes`][]) a number
+        is of each process's, and `None` takes all there are; only process 0 writes and speaks.
 
     **Returns:** the run: parameters, history, summary.
 
@@ -133,6 +142,7 @@ def optimize(
     if epochs is None:
         msg = "optimize: epochs is missing. Say how many, for example epochs=100."
         raise ValueError(msg)
+    mesh = mesh_of(devices, batches=task.batches is not None)
     settings = validated(
         LoopSettings,
         "optimize",
@@ -143,7 +153,7 @@ def optimize(
         overwrite=overwrite,
         resume=resume,
     )
-    _check_directory(settings)
+    _check_directory_once(settings)
     training = Training(
         task,
         optimizer,
@@ -151,8 +161,9 @@ def optimize(
         settings,
         _checkpoints(checkpoints),
         as_callbacks(callbacks),
-        reporter(progress),
+        reporter(progress if first() else False),
         label or type(controller).__name__,
+        mesh,
     )
     return _guarded(training, time_solver=time_solver)
 
@@ -161,7 +172,7 @@ def _guarded(training: Training, *, time_solver: bool) -> Run:
     """Train, and keep what was done however it ends; the directory is this run's meanwhile."""
     with training.owning():
         # Who waited for the directory may find another run in it than when it was looked at.
-        _check_directory(training.settings)
+        _check_directory_once(training.settings)
         return _kept(training, time_solver=time_solver)
 
 
@@ -185,6 +196,11 @@ def _kept(training: Training, *, time_solver: bool) -> Run:
                 training.end(FAILED, f"{type(error).__name__} {training.place}: {error}")
         except NotKeptError as second:
             error.add_note(str(second))
+        except Exception as second:
+            # Arrays that another process's end has left without values cannot be kept.
+            if not several():
+                raise
+            error.add_note(f"nor could the run be kept: {second}")
         raise
     reason = training.stop_reason
     with shielded():
@@ -241,6 +257,12 @@ def _controller(task: Task, controller: Any | None) -> Any:
         "optimize", "controller", controller, ("init", "update", "fidelity"), "a controller"
     )
     return controller
+
+
+def _check_directory_once(settings: LoopSettings) -> None:
+    decided(
+        lambda: _check_directory(settings), FileNotFoundError, NotADirectoryError, FileExistsError
+    )
 
 
 def _check_directory(settings: LoopSettings) -> None:

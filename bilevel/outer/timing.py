@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from scipy.optimize import nnls
 
 from bilevel.outer.history import History
+from bilevel.outer.processes.shared import shared
 from bilevel.outer.update import REPORT
 from bilevel.refinement.fidelity import Fidelity
 
@@ -48,10 +49,12 @@ def solver_seconds(
     updates = (history.total("updates") or 0) + (history.total("nonfinite") or 0)
     updating = float(history.total("seconds") or 0.0)
     lever, before = _LEVER, None
+    # Processes that time together have to come to the same end: that of the first one's clock.
+    limit, updating = shared([limit, updating])
     ends = time.perf_counter() + limit
     for _ in range(_LEVERS):
         settings = _settings(fidelity, lever)
-        left = ends - time.perf_counter()
+        left = shared(ends - time.perf_counter())
         if not done.any() or _LEAST_ROUNDS * len(settings) * updating / max(updates, 1) > left:
             return None
         counts = np.array([np.asarray(update(setting), float)[_COUNTS] for setting in settings])
@@ -119,7 +122,7 @@ def _timed(
     rounds: list[list[float]] = []
     began = time.perf_counter()
     while len(rounds) < _MOST_ROUNDS:
-        spent = time.perf_counter() - began
+        spent = shared(time.perf_counter() - began)
         if len(rounds) >= _LEAST_ROUNDS and spent * (1 + 1 / len(rounds)) > limit:
             break
         row: list[float] = []
@@ -128,4 +131,4 @@ def _timed(
             update(setting).block_until_ready()
             row.append(time.perf_counter() - start)
         rounds.append(row)
-    return np.array(rounds)
+    return np.array(shared(rounds))

@@ -1,10 +1,9 @@
 """Training: one run of the outer loop, from its first metric to its last."""
 
-import itertools
 import math
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,14 +11,17 @@ import equinox as eqx
 import jax
 import numpy as np
 import optax
-from jaxtyping import PRNGKeyArray, PyTree
+from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from bilevel.outer.archive import Archive, ResumeError
+from bilevel.outer.batches import Batches
 from bilevel.outer.callbacks import Callback, Event
 from bilevel.outer.checkpoint import is_array
 from bilevel.outer.checkpoints.settings import Checkpoints
 from bilevel.outer.checkpoints.store import Moment
 from bilevel.outer.control import Control, strong
+from bilevel.outer.devices import Placement, scattered
 from bilevel.outer.fingerprint import fingerprint
 from bilevel.outer.giving_up import given_up, skipped
 from bilevel.outer.gradients import GradientComparison, Place
@@ -27,10 +29,12 @@ from bilevel.outer.history import History, Record, record_of
 from bilevel.outer.limits import limits
 from bilevel.outer.listeners import Listeners
 from bilevel.outer.machine import device_of
-from bilevel.outer.metric import compiled_validation, real_number, widened
+from bilevel.outer.metric import compiled_validation, real_number, same_number, widened
 from bilevel.outer.moment import Passed
+from bilevel.outer.processes.agreement import Agreement, Alone, agreement
+from bilevel.outer.processes.shared import first, gathered, several, shared
 from bilevel.outer.progress import Reporter, Silence, batches_in
-from bilevel.outer.run import Run, summarize
+from bilevel.outer.run import FAILED, Run, summarize
 from bilevel.outer.settings import LoopSettings
 from bilevel.outer.tally import Tally
 from bilevel.outer.task import Task
@@ -55,6 +59,7 @@ class Training:
         callbacks: Sequence[Callback],
         progress: Reporter,
         label: str,
+        mesh: Mesh | None = None,
     ):
         self._task = task
         self.settings = settings
@@ -71,30 +76,45 @@ class Training:
         self._state = State(trained, jax.tree.map(strong, state), task.first_memory)
         if batches_in(task.batches) != 1:
             self._state = self._state._replace(previous=trained).first()
+        self._placement = Placement(mesh, (self._state.trained, self._state.memory))
+        self._state = self._placement.whole(self._state)
+        self._batches = Batches(task, self._placement, settings.seed)
+        self._batches.check()
+        self._agreement: Agreement | Alone = Alone()
 
         self._control = Control(
             controller,
             measures_metric=task.validate is not None,
             measures_error=task.hypergradient is not None or measures(controller, task),
         )
-        self._tally = Tally()
+        self._tally = Tally(at_once=not several())
         self._compares, self._measures = compares(controller), measures(controller, task)
         self._comparison: GradientComparison | None = None
         self._last: tuple[Place, PyTree]
         self._update: WholeUpdate | PartedUpdate
         if self._compares or self._measures:
-            self._update = PartedUpdate(task, optimizer, self._optimizer_static)
+            self._update = PartedUpdate(
+                task, optimizer, self._optimizer_static, self._placement, self._state
+            )
             self._comparison = GradientComparison(controller, self._update, self._tally)
         else:
-            self._update = WholeUpdate(task, optimizer, self._optimizer_static)
+            self._update = WholeUpdate(
+                task, optimizer, self._optimizer_static, self._placement, self._state
+            )
         self._validation = None
         if task.validate is not None and task.jit_validate:
             self._validation = compiled_validation(task.validate, self._static)
 
         self._history = History()
         begun_with = fingerprint(task, optimizer, controller, settings.seed)
-        self._archive = Archive(settings.directory, begun_with, checkpoints)
-        self._batches: Iterator[Any] | None = None
+        begun_with |= self._placement.begun_with
+        self._archive = Archive(
+            settings.directory,
+            begun_with,
+            checkpoints,
+            writes=first(),
+            together=scattered(self._state),
+        )
         self._epoch = self._batch = 0
         self._work: int | None = None
         self._metric: np.generic | float | None = None
@@ -116,7 +136,13 @@ class Training:
         """
         self._archive.claim()
         try:
-            yield
+            self._agreement = agreement()
+            try:
+                yield
+            except BaseException:
+                self._agreement.close(together=False)
+                raise
+            self._agreement.close(together=True)
         finally:
             self._archive.release()
 
@@ -134,13 +160,16 @@ class Training:
     def place(self) -> str:
         """Where it is, in words."""
         if self._batch:
-            several = batches_in(self._task.batches) != 1
-            so_far = f" (updates so far: {self._batch})" if several else ""
+            so_far = f" (updates so far: {self._batch})" if self._batches.count != 1 else ""
             return f"in epoch {self._epoch + 1}{so_far}"
         return f"after epoch {self._epoch}" if self._epoch else "before the first update"
 
     def go(self) -> None:
         """Train until the last epoch, or until a callback stops it."""
+        with self._agreement.hearing():
+            self._go()
+
+    def _go(self) -> None:
         self._started = time.perf_counter()
         self._progress.start(
             f"{self._task.name}, {self._label}",
@@ -182,12 +211,15 @@ class Training:
             compilations=self._compilations[0],
             other_compilations=self._compilations[1],
         )
-        run = Run(self._theta, self._history, summary, self.settings.directory)
+        # An error is seldom that of all processes: then their arrays cannot be put together.
+        whole = status != FAILED or not self._archive.together
+        theta = jax.tree.map(gathered, self._theta) if whole else self._theta
+        run = Run(theta, self._history, summary, self.settings.directory)
         try:
             self._listeners.end(run)
         finally:
             # Before the first metric there is nothing to go on from.
-            self._archive.close(run, self._passed.mark() if self._history else None)
+            self._archive.close(run, self._passed.mark() if self._history and whole else None)
             if message:
                 kept = self.settings.directory
                 self._progress.note(message if kept is None else f"{message}; kept in {kept}")
@@ -207,31 +239,19 @@ class Training:
             return  # refused when it is measured
         fidelity = self._control.prepare(widened(metric))
         if fidelity is not None:
-            self._batches = self._task.epoch_batches(self._epoch + 1, self._key)
-            first = next(self._batches)
-            self._batches = itertools.chain([first], self._batches)
-            self._update.prepare(self._state, first, fidelity)
+            self._update.prepare(self._state, self._batches.first(self._epoch + 1), fidelity)
 
     def _train_epoch(self) -> None:
         number, fidelity = self._epoch + 1, self._control.fidelity
-        count = batches_in(self._task.batches)
-        batches, self._batches = self._batches, None
-        if batches is None:
-            batches = self._task.epoch_batches(number, self._key)
-        if self._batch:
-            # Made before the run was broken off: what they held has been seen.
-            batches = itertools.islice(batches, self._batch, None)
-        else:
+        # Of those made before the run was broken off, what they held has been seen.
+        batches = self._batches.of(number, after=self._batch)
+        if not self._batch:
             self._tally.begin()
             self._state = self._state.first()
         watch = self._watch()
         for batch in batches:
-            # Before the first, it has passed at the end of the epoch before.
-            if self._batch and self._archive.keeps:
-                self._pass()
-                if self._archive.due:
-                    self._archive.save(self._passed.mark())
-            self._progress.batch(self._batch + 1, count)
+            self._between()
+            self._progress.batch(self._batch + 1, self._batches.count)
             report = self._step(batch)
             self._batch += 1
             self._tally.add(report)
@@ -260,6 +280,16 @@ class Training:
             **measured,
         )
         self._object()
+
+    def _between(self) -> None:
+        """Before an update: save, where that is due, or leave, where someone has said so."""
+        # Before the first of an epoch, it has passed at the end of the one before.
+        if self._batch and self._archive.keeps:
+            self._pass()
+        if self._agreement.saves() or (self._batch and self._archive.due):
+            self._archive.save(self._passed.mark())
+        elif self._archive.overdue:
+            self._agreement.ask_to_save()
 
     def _step(self, batch: Any) -> Report:
         """One update."""
@@ -305,6 +335,8 @@ class Training:
             else self._validation(self._state.trained)
         )
         self._metric = real_number(value)
+        if self._validation is None:  # it may look at what each process has of its own
+            self._metric = same_number(self._metric)
         return watch()
 
     def _record(self, **fields: Any) -> None:
@@ -330,7 +362,7 @@ class Training:
     def _tell(self, message: str) -> None:
         """Say what must not be missed, where it is seen."""
         self._progress.note(message)
-        if isinstance(self._progress, Silence):
+        if isinstance(self._progress, Silence) and first():
             warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     def _say_skipped(self, record: Record) -> None:
@@ -345,7 +377,7 @@ class Training:
             raise given_up(limit, self.place, self._control.fidelity, failures)
 
     def _call(self, call: Callable[[Event], None]) -> None:
-        if not self._listeners:
+        if not self._listeners and not several():
             return
         event = Event(
             task=self._task,
@@ -357,7 +389,7 @@ class Training:
         )
         call(event)
         self._latest = (*self._latest[:-1], self._listeners.kept)
-        self._stop_reason = event.stop_reason
+        self._stop_reason = shared(event.stop_reason)
 
     def _pass(self) -> None:
         """Remember, as cheaply as can be, this moment: all parts of the run agree in it."""
@@ -427,10 +459,6 @@ class Training:
         compiled, started = self._compile_seconds, time.perf_counter()
         return lambda: time.perf_counter() - started - (self._compile_seconds - compiled)
 
-    def _key(self, epoch: int) -> PRNGKeyArray:
-        # A key of its own for every epoch: a resumed run draws what it would have drawn.
-        return jax.random.fold_in(jax.random.key(self.settings.seed), epoch)
-
     def solver_seconds(self, share: float = 0.05) -> float | None:
         """What the solves' iterations took, timed after the run; see `timing.solver_seconds`.
 
@@ -440,7 +468,7 @@ class Training:
         """
         if self._update.count != 1 or jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
             return None  # several sizes of problem, each with iterations of its own
-        batch = next(self._task.epoch_batches(max(self._epoch, 1), self._key))
+        batch = self._batches.first(max(self._epoch, 1))
         return solver_seconds(
             lambda fidelity: self._update(self._state, batch, fidelity)[1],
             self._control.fidelity,

@@ -47,6 +47,7 @@ class WholeUpdate:
         # The state stays where it is: else another layout would compile anew.
         out = placement.shardings(state), placement.everywhere
         self._update = Executable(outer_update, out=out)
+        self._told = placement.fidelity
 
     @property
     def count(self) -> int:
@@ -60,7 +61,7 @@ class WholeUpdate:
 
     def __call__(self, state: State, batch: Any, fidelity: Fidelity) -> tuple[State, Report]:
         """The next state, and a report."""
-        return self._update(state, batch, fidelity)
+        return self._update(state, batch, self._told(fidelity))
 
     def prepare(self, state: State, batch: Any, fidelity: Fidelity) -> None:
         """Compile beside whatever comes next."""
@@ -95,6 +96,7 @@ class PartedUpdate:
         stays, everywhere = placement.shardings(state), placement.everywhere
         trained, memory = (None, None) if stays is None else (stays.trained, stays.memory)
         gradient = Gradient(everywhere, trained, everywhere, memory)
+        self._told = placement.fidelity
         self._gradient = Executable(outer_gradient, out=gradient)
         self._apply = Executable(outer_application, out=(stays, everywhere))
         self._distance = Executable(_distance, runs_briefly=True, out=everywhere)
@@ -115,13 +117,13 @@ class PartedUpdate:
 
     def found(self, state: State, batch: Any, fidelity: Fidelity) -> Gradient:
         """A gradient, and what the solves did for it."""
-        return self._gradient(state.trained, state.memory, batch, fidelity)
+        return self._gradient(state.trained, state.memory, batch, self._told(fidelity))
 
     def apply(
         self, state: State, batch: Any, fidelity: Fidelity, found: Gradient
     ) -> tuple[State, Report]:
         """The next state by a gradient, and a report."""
-        return self._apply(state, batch, fidelity, found)
+        return self._apply(state, batch, self._told(fidelity), found)
 
     def prepare(self, state: State, batch: Any, fidelity: Fidelity) -> None:
         """Compile beside whatever comes next."""

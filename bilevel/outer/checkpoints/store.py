@@ -41,6 +41,7 @@ from bilevel.outer.checkpoints.sharded import (
 )
 from bilevel.outer.fingerprint import OtherRunError, differences, some
 from bilevel.outer.history import History
+from bilevel.outer.processes.shared import decided, lay, shared
 from bilevel.outer.run import CHECKPOINTS_FOLDER
 from bilevel.outer.versions import versions
 
@@ -71,6 +72,11 @@ class Moment(NamedTuple):
         """For messages."""
         return f"epoch {self.epoch}" + (f", {self.batch} updates on" if self.batch else "")
 
+    @property
+    def name(self) -> str:
+        """Of its checkpoint's folder."""
+        return f"{self.epoch:08d}-{self.batch:08d}"
+
 
 class Stored(NamedTuple):
     """What a checkpoint gives back, and a line on each newer one that was damaged."""
@@ -95,11 +101,21 @@ class Store:
     - `begun_with`: its fingerprint.
     - `last`: how many to keep, besides that of the lowest metric.
     - `orbax`: whether arrays that lie over several devices are written by Orbax.
+    - `writes`: whether this process does.
+    - `together`: whether all processes save at the same time, for each has a part of the arrays.
     """
 
     def __init__(
-        self, directory: Path, begun_with: dict[str, str], last: int, *, orbax: bool = False
+        self,
+        directory: Path,
+        begun_with: dict[str, str],
+        last: int,
+        *,
+        orbax: bool = False,
+        writes: bool = True,
+        together: bool = False,
     ):
+        self._writes, self._together = writes, together
         self.folder = directory / CHECKPOINTS_FOLDER
         self._begun_with = begun_with
         self._last = last
@@ -148,8 +164,8 @@ class Store:
 
         **Raises:** `OSError` naming the file that could not be written.
         """
-        folder = self.folder / f"{place.epoch:08d}-{place.batch:08d}"
-        if folder.exists():
+        folder = self.folder / place.name
+        if self._shared(folder.exists()):
             return folder
         named = named_arrays(state)
         apart = {name: leaf for name, leaf in named.items() if self._orbax and is_sharded(leaf)}
@@ -159,12 +175,16 @@ class Store:
         if callbacks:
             files[_CALLBACKS] = callbacks
         known = metric is not None and math.isfinite(metric)
-        with new_folder(folder) as partial:
+        with contextlib.ExitStack() as stack:
+            partial = Path(self._decided(lambda: str(stack.enter_context(new_folder(folder)))))
+            if apart:
+                write_sharded(partial / _SHARDED, apart)
+            if not self._writes:
+                return folder
             for name, part in files.items():
                 put_file(partial / name, part)
             entries = {name: FileEntry.of(part) for name, part in files.items()}
             if apart:
-                write_sharded(partial / _SHARDED, apart)
                 entries |= {name: entry_of(partial / name) for name in _within(partial / _SHARDED)}
             manifest = Manifest(
                 version=SCHEMA,
@@ -182,11 +202,19 @@ class Store:
             put_file(partial / _DIGEST, f"{digest(manifest)}\n".encode())
         return folder
 
+    def _shared(self, value: bool) -> bool:  # noqa: FBT001
+        return shared(value) if self._together else value
+
+    def _decided(self, function: Callable[[], str]) -> str:
+        return decided(function, OSError) if self._together else function()
+
     def prune(self, best: Moment | None) -> None:
         """Remove all but the last ones and the best.
 
         **Raises:** `OSError` naming what could not be removed.
         """
+        if not self._writes:
+            return
         for folder in self.folders()[: -self._last]:
             if best is None or _place(folder.name) != best:
                 remove_folder(folder)
@@ -334,7 +362,7 @@ def _placed(folder: Path, manifest: Manifest, content: bytes, expected: PyTree) 
     entries = {name: entry for name, entry in manifest.leaves.items() if name not in apart}
     found: dict[str, Any] = dict(arrays.decode(content, entries, where))
     for name in shardings.keys() & found.keys():
-        found[name] = jax.device_put(found[name], shardings[name])
+        found[name] = lay(found[name], shardings[name])
     if apart:
         like = {
             name: jax.ShapeDtypeStruct(

@@ -1,6 +1,7 @@
 """Agreement: all processes of a run do something at the same update."""
 
 import contextlib
+import os
 import secrets
 import signal
 import threading
@@ -9,13 +10,31 @@ from collections.abc import Generator
 from types import FrameType
 
 from bilevel.outer.processes.client import Client, client
-from bilevel.outer.processes.shared import shared
+from bilevel.outer.processes.shared import several, shared
 from bilevel.outer.shield import WAITING
 
 _EVERY = 0.25
 """Seconds between two looks at whether something is asked for."""
 
 _SAVE = "save"
+
+
+class Alone:
+    """What there is to agree on in a single process: nothing."""
+
+    def ask_to_save(self) -> None:
+        """Nobody has to be asked."""
+
+    def hearing(self) -> contextlib.AbstractContextManager[None]:
+        """Signals do what they did."""
+        return contextlib.nullcontext()
+
+    def saves(self) -> bool:
+        """Not because of others."""
+        return False
+
+    def close(self, *, together: bool) -> None:
+        """There is nothing to end."""
 
 
 class Agreement:
@@ -48,7 +67,7 @@ class Agreement:
     def hearing(self) -> Generator[None]:
         """Let the signals that end a run reach all processes, and end none of them before.
 
-        A second Ctrl-C does end this one.
+        A second Ctrl-C ends this one at once, and the others when they miss it.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -57,11 +76,11 @@ class Agreement:
         heard: list[int] = []
 
         def ask(number: int, frame: FrameType | None) -> None:
+            del frame
             heard.append(number)
             if heard.count(signal.SIGINT) > 1:
-                handler = before[number]
-                assert callable(handler)
-                handler(number, frame)
+                os.write(2, b"\nbilevel: left without saving.\n")
+                os._exit(128 + number)
             self._asked = signal.Signals(number).name
 
         before = {number: signal.getsignal(number) for number in WAITING}
@@ -136,6 +155,11 @@ class Agreement:
             while len(places := self._client.entries(f"{key}/at/")) < self._client.count:
                 time.sleep(0.02)
             self._found = max(int(place) for place in places.values()) + 1, what
+
+
+def agreement() -> Agreement | Alone:
+    """For a run of this process, or of all that JAX has connected."""
+    return Agreement() if several() else Alone()
 
 
 class _Told(BaseException):

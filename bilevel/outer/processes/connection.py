@@ -90,6 +90,23 @@ def failed_together(error: BaseException, seconds: float = 25.0) -> bool:
     return True
 
 
+def speaks(error: BaseException) -> bool:
+    """Whether it is for this process to say what was raised: where all raise, process 0 does.
+
+    **Arguments:**
+
+    - `error`: what was raised.
+    """
+    return not failed_together(error) or _index() == 0
+
+
+def _index() -> int:
+    try:
+        return client().index
+    except RuntimeError:
+        return 0
+
+
 def _check(process: int | None, processes: int | None, silence: float) -> None:
     if processes is not None and processes < 1:
         msg = f"connected_processes: processes should be 1 or more, got {processes}."

@@ -1,7 +1,8 @@
 """Shared: what all processes of a run have to agree on."""
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
 import jax
@@ -10,6 +11,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 T = TypeVar("T")
+
+_MOST_WORDS = 128
+"""Bytes of what processes compare."""
 
 
 def several() -> bool:
@@ -69,6 +73,42 @@ def decided(function: Callable[[], T], *errors: type[Exception]) -> T:
     if number >= 0:
         raise errors[number](message)
     return found
+
+
+@contextlib.contextmanager
+def same_everywhere() -> Generator[list[str]]:
+    """See that every process finds the same; one that raises has the others raise, too.
+
+    **Returns:** a list, to be given what was found, in words.
+
+    **Raises:** `ValueError` naming process and what it found.
+    """
+    found: list[str] = []
+    raised: Exception | None = None
+    try:
+        yield found
+    except Exception as error:
+        if not several():
+            raise
+        raised = error
+    if not several():
+        return
+    text = "" if raised is not None else found[0]
+    room = np.zeros(_MOST_WORDS, np.uint8)
+    content = text.encode()[:_MOST_WORDS]
+    room[: len(content)] = np.frombuffer(content, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(room))
+    words = [row.tobytes().rstrip(b"\0").decode() for row in rows]
+    if raised is not None:
+        raise raised
+    for process, word in enumerate(words):
+        if word != text:
+            there = f"finds {word}" if word else "cannot read it"
+            msg = (
+                f"process {process} {there}, and process {jax.process_index()} finds {text}: the "
+                "directory has to be the same for all processes"
+            )
+            raise ValueError(msg)
 
 
 def lay(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:

@@ -17,6 +17,9 @@ _EVERY = 1.0
 """Seconds between two looks."""
 
 _TICK = 0.5
+_LATER = 1.2
+"""Times the silence: what waits for it knows that nobody was lost."""
+
 _ANSWERED = 0.7
 """Part of the silence after which the coordinator is lost: JAX itself takes a bit less than all."""
 
@@ -38,6 +41,7 @@ class Watch:
         self._client, self._silence = client, silence
         self._stopped = threading.Event()
         self._answers = 0
+        self._raised = float("inf")
         for target in (self._look_after_all, self._ask, self._look_after_first):
             threading.Thread(target=target, name="bilevel-watch", daemon=True).start()
 
@@ -52,7 +56,8 @@ class Watch:
             except RuntimeError:
                 return  # the coordinator is gone: who asks it sees that
             lost = sorted(set(range(self._client.count)) - living)
-            if lost:
+            # Long after this one has raised by itself, the others have left because of it.
+            if lost and time.monotonic() - self._raised < _LATER * self._silence:
                 self._leave(f"process {lost[0]} does not answer any more: killed, frozen or cut off")
             self._stopped.wait(_EVERY)
 
@@ -67,10 +72,12 @@ class Watch:
                 return
             self._answers += 1
             now = time.monotonic()
-            if str(self._client.index) not in failed:
+            if str(self._client.index) in failed:
+                self._raised = min(self._raised, now)
+            else:
                 for name, what in failed.items():
                     # Later than a lost process is: that one is the cause of what others raise.
-                    if now - seen.setdefault(name, now) > 1.2 * self._silence:
+                    if now - seen.setdefault(name, now) > _LATER * self._silence:
                         self._leave(f"process {name} has failed: {what}")
             self._stopped.wait(_EVERY)
 
