@@ -37,6 +37,7 @@ from .outer.mlflow import MLflow as MLflow
 from .outer.optimize import NonFiniteError as NonFiniteError
 from .outer.optimize import optimize as optimize
 from .outer.plotting import plot_runs as plot_runs
+from .outer.processes.connection import connected_processes as connected_processes
 from .outer.report.page import write_report as write_report
 from .outer.run import Run as Run
 from .outer.simultaneous import Simultaneous as Simultaneous

@@ -244,11 +244,14 @@ def _add_processes(parser: Parser) -> None:
         "--devices",
         type=_whole,
         metavar="N",
-        help="devices that share each batch, in each process; simulated on the CPU (one; in several "
-        "processes all there are)",
+        help="devices that share each batch, in each process; simulated on the CPU (one, or in "
+        "several processes all there are)",
     )
     parser.add_argument(
-        "--processes", type=_whole, metavar="N", help="start so many on this machine, one run in all"
+        "--processes",
+        type=_whole,
+        metavar="N",
+        help="start so many on this machine, one run in all",
     )
     parser.add_argument(
         "--process",

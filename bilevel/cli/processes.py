@@ -20,8 +20,8 @@ from bilevel.outer.processes.watch import LOST
 from bilevel.outer.shield import WAITING
 
 _HOST = "127.0.0.1"
-_PATIENCE = 30.0
-"""Seconds that the others have to leave by themselves when one has ended badly."""
+_LONGER = 8.0
+"""Seconds beyond 1.2 of the silence that the others have to leave when one has ended badly."""
 
 
 def check_processes(options: argparse.Namespace) -> None:
@@ -56,7 +56,9 @@ def check_devices(options: argparse.Namespace) -> None:
     own = jax.local_devices()
     if len(own) < count:
         kind = own[0].platform
-        msg = f"--devices {count}: there are {len(own)} here ({kind}); ask for as many as there are."
+        msg = (
+            f"--devices {count}: there are {len(own)} here ({kind}); ask for as many as there are."
+        )
         raise UsageError(msg)
     if own[0].platform == "cpu" and count > 1 and not options.quiet and jax.process_index() == 0:
         say(f"{count} devices are simulated on the CPU: for trying things out, not for speed.")
@@ -131,7 +133,7 @@ def start(options: argparse.Namespace, words: Sequence[str]) -> int:
     devices = [",".join(str(n) for n in range(i * each, (i + 1) * each)) for i in range(count)]
     common = {**os.environ, "JAX_COORDINATOR_BIND_ADDRESS": coordinator}
     children = [
-        subprocess.Popen(
+        subprocess.Popen(  # noqa: S603
             [
                 *(sys.executable, "-m", "bilevel", *words),
                 *("--process", f"{number}/{count}", "--coordinator", coordinator),
@@ -144,7 +146,7 @@ def start(options: argparse.Namespace, words: Sequence[str]) -> int:
         for number in range(count)
     ]
     with _handed_on(children):
-        return _outcome(children)
+        return _outcome(children, 1.2 * options.silence + _LONGER)
 
 
 def _free_port() -> int:
@@ -175,7 +177,7 @@ def _handed_on(children: Sequence[subprocess.Popen[bytes]]) -> Generator[None]:
             child.wait()
 
 
-def _outcome(children: Sequence[subprocess.Popen[bytes]]) -> int:
+def _outcome(children: Sequence[subprocess.Popen[bytes]], patience: float) -> int:
     """Wait for all, and no longer than they need to leave when one has ended badly."""
     first: int | None = None
     until = float("inf")
@@ -183,7 +185,7 @@ def _outcome(children: Sequence[subprocess.Popen[bytes]]) -> int:
         time.sleep(0.05)
         bad = [number for number, child in enumerate(children) if child.poll()]
         if bad and first is None:
-            first, until = bad[0], time.monotonic() + _PATIENCE
+            first, until = bad[0], time.monotonic() + patience
     codes = [child.poll() for child in children]
     if first is None:
         first = next((number for number, code in enumerate(codes) if code), None)
@@ -192,8 +194,8 @@ def _outcome(children: Sequence[subprocess.Popen[bytes]]) -> int:
     code = codes[first] or LOST
     if code < 0:
         say(
-            f"process {first} of {len(children)} was ended by {signal.Signals(-code).name}, and the "
-            "others have left. --resume goes on from the last checkpoint."
+            f"process {first} of {len(children)} was ended by {signal.Signals(-code).name}, and "
+            "the others have left. --resume goes on from the last checkpoint."
         )
         return LOST
     # What one has failed with says more than that the others have left because of it.

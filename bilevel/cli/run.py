@@ -12,6 +12,7 @@ from bilevel.cli.failure import DONE, FAILED, UsageError
 from bilevel.cli.output import put, say
 from bilevel.cli.processes import check_devices, check_processes, joined, start
 from bilevel.cli.signals import leaving_on_signals
+from bilevel.cli.taskfile import TaskFile
 from bilevel.cli.training import (
     KeepConfiguration,
     check_trainable,
@@ -21,7 +22,6 @@ from bilevel.cli.training import (
     make_directory,
     report,
 )
-from bilevel.cli.taskfile import TaskFile
 from bilevel.outer.archive import ResumeError
 from bilevel.outer.assignment import controller_for, default_policy
 from bilevel.outer.callbacks import Callback

@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
@@ -12,6 +11,7 @@ from bilevel.outer.checkpoint import is_array
 from bilevel.outer.processes.shared import is_scattered, lay, several
 from bilevel.refinement.fidelity import Fidelity
 from bilevel.signature import brief
+
 
 class DevicesError(ValueError):
     """There are fewer devices than were asked for, or they do not divide what they shall share."""
@@ -30,7 +30,7 @@ def mesh_of(devices: int | Mesh | None, *, batches: bool) -> Mesh | None:
         and for all there are in several.
     - `batches`: whether there is anything to split.
 
-    **Raises:** `DevicesError` where there are fewer devices than that, `TypeError` for anything else.
+    **Raises:** `DevicesError` where there are fewer devices, `TypeError` for anything else.
     """
     if isinstance(devices, Mesh):
         return devices if batches and devices.size > 1 else None
@@ -50,8 +50,8 @@ def mesh_of(devices: int | Mesh | None, *, batches: bool) -> Mesh | None:
     return Mesh(np.array(chosen), (AXIS,)) if batches and len(chosen) > 1 else None
 
 
-def _of_each_process(count: int | None) -> list[jax.Device]:
-    chosen: list[jax.Device] = []
+def _of_each_process(count: int | None) -> list[Any]:
+    chosen: list[Any] = []
     for process in range(jax.process_count()):
         own = [device for device in jax.devices() if device.process_index == process]
         if count is not None and len(own) < count:
@@ -93,7 +93,8 @@ class Placement:
             if not _spread(leaf):
                 continue
             if mesh is None:
-                mesh = leaf.sharding.mesh if isinstance(leaf.sharding, NamedSharding) else None
+                own = leaf.sharding.mesh if isinstance(leaf.sharding, NamedSharding) else None
+                mesh = own if isinstance(own, Mesh) else None
             elif leaf.sharding.device_set != set(mesh.devices.flat):
                 msg = (
                     f"optimize: theta0 or memory, {jax.tree_util.keystr(path)}, lies on other "

@@ -1,7 +1,6 @@
 """Training: one run of the outer loop, from its first metric to its last."""
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from bilevel.outer.checkpoint import is_array
 from bilevel.outer.checkpoints.settings import Checkpoints
 from bilevel.outer.checkpoints.store import Moment
 from bilevel.outer.control import Control, strong
+from bilevel.outer.cost import Cost
 from bilevel.outer.devices import Placement, scattered
 from bilevel.outer.fingerprint import fingerprint
 from bilevel.outer.giving_up import given_up, skipped
@@ -81,7 +81,6 @@ class Training:
         self._batches = Batches(task, self._placement, settings.seed)
         self._batches.check()
         self._agreement: Agreement | Alone = Alone()
-
         self._control = Control(
             controller,
             measures_metric=task.validate is not None,
@@ -118,10 +117,7 @@ class Training:
         self._epoch = self._batch = 0
         self._work: int | None = None
         self._metric: np.generic | float | None = None
-        self._started = time.perf_counter()
-        self._elapsed_before = self._compiled_before = 0.0
-        self._compilations_before = 0, 0
-        self._compiled_at_record = 0.0
+        self._cost = Cost(self._update, self._control, self._validation)
         self._stop_reason: str | None = None
         self._objected = False
         self._epochs_skipping = 0
@@ -170,14 +166,14 @@ class Training:
             self._go()
 
     def _go(self) -> None:
-        self._started = time.perf_counter()
+        self._cost.begin()
         self._progress.start(
             f"{self._task.name}, {self._label}",
             self.settings.epochs,
             self._task.metric_name,
             self._epoch,
         )
-        self._archive.open(self._history, self._tell, lambda: self._compilations)
+        self._archive.open(self._history, self._tell, lambda: self._cost.compilations)
         self._prepare()
         if not self._history:
             seconds = self._validate()
@@ -205,11 +201,11 @@ class Training:
             status=status,
             message=message,
             metric_name=self._task.metric_name,
-            seconds=self._elapsed,
-            compile_seconds=self._compiled_before + self._compile_seconds,
+            seconds=self._cost.elapsed,
+            compile_seconds=self._cost.all_compile_seconds,
             device=device_of(self._state.trained),
-            compilations=self._compilations[0],
-            other_compilations=self._compilations[1],
+            compilations=self._cost.compilations[0],
+            other_compilations=self._cost.compilations[1],
         )
         # An error is seldom that of all processes: then their arrays cannot be put together.
         whole = status != FAILED or not self._archive.together
@@ -248,7 +244,7 @@ class Training:
         if not self._batch:
             self._tally.begin()
             self._state = self._state.first()
-        watch = self._watch()
+        watch = self._cost.watch()
         for batch in batches:
             self._between()
             self._progress.batch(self._batch + 1, self._batches.count)
@@ -328,7 +324,7 @@ class Training:
         validate = self._task.validate
         if validate is None:
             return 0.0
-        watch = self._watch()
+        watch = self._cost.watch()
         value = (
             validate(self._theta)
             if self._validation is None
@@ -340,14 +336,12 @@ class Training:
         return watch()
 
     def _record(self, **fields: Any) -> None:
-        compiled = self._compile_seconds
         fields["epoch"] = self._epoch
         fields["metric"] = None if self._metric is None else float(self._metric)
         fields["rejected"] = self._control.rejected
-        fields["compile_seconds"] = compiled - self._compiled_at_record
-        fields["elapsed"] = self._elapsed
+        fields["compile_seconds"] = self._cost.compiled_since()
+        fields["elapsed"] = self._cost.elapsed
         record = record_of(fields)
-        self._compiled_at_record = compiled
         self._history.append(record)
         if self._archive.keeps:
             self._pass()
@@ -417,7 +411,7 @@ class Training:
         self._pass()
         found = self._archive.restore(lambda place: self._passed._replace(place=place).kept())
         place, kept, self._history = found.place, found.state, found.history
-        self._remembered, self._compilations_before = found.callbacks, found.compilations
+        self._remembered = found.callbacks
         begun = place.epoch + (place.batch > 0)
         if begun > self.settings.epochs:
             msg = f"optimize: the run is past {place.words}. Give epochs={begun} or more."
@@ -431,33 +425,11 @@ class Training:
         self._metric = self._history[-1].metric
         self._pass()
         self._work = self._history.work
-        self._elapsed_before = self._history[-1].elapsed
-        self._compiled_before = float(self._history.total("compile_seconds") or 0.0)
+        self._cost.go_on(self._history, found.compilations)
 
     @property
     def _theta(self) -> PyTree:
         return eqx.combine(self._state.trained, self._static)
-
-    @property
-    def _elapsed(self) -> float:
-        return self._elapsed_before + time.perf_counter() - self._started
-
-    @property
-    def _compile_seconds(self) -> float:
-        validation = 0.0 if self._validation is None else self._validation.seconds
-        return self._update.seconds + self._control.compile_seconds + validation
-
-    @property
-    def _compilations(self) -> tuple[int, int]:
-        """Of the update, and of validation and controller, in all lives of the run."""
-        validation = 0 if self._validation is None else self._validation.count
-        update, others = self._compilations_before
-        return update + self._update.count, others + self._control.compilations + validation
-
-    def _watch(self) -> Callable[[], float]:
-        """A stopwatch that does not count compilation."""
-        compiled, started = self._compile_seconds, time.perf_counter()
-        return lambda: time.perf_counter() - started - (self._compile_seconds - compiled)
 
     def solver_seconds(self, share: float = 0.05) -> float | None:
         """What the solves' iterations took, timed after the run; see `timing.solver_seconds`.

@@ -95,7 +95,8 @@ class Agreement:
             number = signal.Signals[told.name]
             if number in ours:
                 signal.raise_signal(number)
-            raise KeyboardInterrupt(f"by {told.name} in another process") from None
+            msg = f"by {told.name} in another process"
+            raise KeyboardInterrupt(msg) from None
         finally:
             for number in ours:
                 signal.signal(number, before[number])

@@ -1,6 +1,7 @@
 """Connection: this process becomes one of several that compute together."""
 
 import contextlib
+import os
 import time
 import warnings
 from collections.abc import Generator
@@ -8,6 +9,7 @@ from collections.abc import Generator
 import jax
 
 from bilevel.outer.processes.client import Client, client
+from bilevel.outer.processes.service import coordination
 from bilevel.outer.processes.watch import FAILED, Watch
 
 _MOST_TEXT = 300
@@ -28,9 +30,8 @@ def connected_processes(
     processes, and [`optimize`][] trains with all of them, as docs/processes.md tells. On the CPU,
     collectives go over gloo.
 
-    A process that is killed, frozen or cut off makes all others end: with a line on standard
-    error and exit code 75, at most 2 seconds after `silence` is over. If it is process 0 that
-    is killed, JAX itself ends the others at once, by SIGABRT.
+    A process that is killed, frozen or cut off makes all others end, process 0 as any other: with
+    a line on standard error and exit code 75, within 3 seconds after `silence` is over.
 
     **Arguments:**
 
@@ -50,17 +51,21 @@ def connected_processes(
     ValueError: connected_processes: process should be from 0 to 1, got 3.
     """
     _check(process, processes, silence)
-    _connect(coordinator, process, processes, silence, patience)
-    own = client()
-    watch = Watch(own, silence)
-    try:
-        yield
-    except BaseException as error:
-        # SystemExit and KeyboardInterrupt included: who leaves is missed by the others.
-        if failed_together(error, 1.5 * silence + 3.0):
-            _leave(own, watch)
-        raise
-    _leave(own, watch)
+    coordinator, process, processes = _started(coordinator, process, processes, patience)
+    with contextlib.ExitStack() as stack:
+        if process == 0:
+            stack.enter_context(coordination(coordinator, processes, silence))
+        _connect(coordinator, process, processes, silence, patience)
+        own = client()
+        watch = Watch(own, silence)
+        try:
+            yield
+        except BaseException as error:
+            # SystemExit and KeyboardInterrupt included: who leaves is missed by the others.
+            if failed_together(error, 1.5 * silence + 3.0):
+                _leave(own, watch)
+            raise
+        _leave(own, watch)
 
 
 def failed_together(error: BaseException, seconds: float = 25.0) -> bool:
@@ -112,43 +117,55 @@ def _check(process: int | None, processes: int | None, silence: float) -> None:
         msg = f"connected_processes: processes should be 1 or more, got {processes}."
         raise ValueError(msg)
     if process is not None and not 0 <= process < (processes or process + 1):
-        msg = f"connected_processes: process should be from 0 to {(processes or 1) - 1}, got {process}."
+        most = (processes or 1) - 1
+        msg = f"connected_processes: process should be from 0 to {most}, got {process}."
         raise ValueError(msg)
     if not 3.0 <= silence <= 25.0:
         msg = f"connected_processes: silence should be from 3 to 25 seconds, got {silence}."
         raise ValueError(msg)
 
 
+def _started(
+    coordinator: str | None, process: int | None, processes: int | None, patience: float
+) -> tuple[str, int, int]:
+    """What was given, and for the rest what has started this process."""
+    if coordinator is not None and process is not None and processes is not None:
+        return coordinator, process, processes
+    # As jax.distributed.initialize does, which would not tell before it has connected.
+    from jax._src.clusters import ClusterEnv  # noqa: PLC0415
+
+    address, count, index, devices = ClusterEnv.auto_detect_unset_distributed_params(
+        coordinator, processes, process, None, None, round(patience)
+    )
+    if address is None or count is None or index is None:
+        msg = (
+            "connected_processes: nothing that starts several processes was found. Give "
+            "coordinator, process and processes; Slurm, Open MPI and Kubernetes tell them by "
+            "themselves."
+        )
+        raise ValueError(msg)
+    if devices is not None:
+        os.environ.setdefault("JAX_LOCAL_DEVICE_IDS", ",".join(map(str, devices)))
+    return address, index, count
+
+
 def _connect(
-    coordinator: str | None,
-    process: int | None,
-    processes: int | None,
-    silence: float,
-    patience: float,
+    coordinator: str, process: int, processes: int, silence: float, patience: float
 ) -> None:
-    # Who is lost is for the watch to say: without this JAX ends all, by SIGABRT.
-    jax.config.update("jax_enable_recoverability", True)
     # It would take SIGTERM for itself.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    given = None not in (coordinator, process, processes)
-    try:
-        jax.distributed.initialize(
-            coordinator,
-            processes,
-            process,
-            cluster_detection_method="deactivate" if given else None,
-            initialization_timeout=round(patience),
-            heartbeat_timeout_seconds=round(silence),
-            shutdown_timeout_seconds=round(silence),
-        )
-    except ValueError as error:
-        msg = (
-            f"connected_processes: {str(error).rstrip('.')}. Give coordinator, process and "
-            "processes; only where Slurm, Open MPI or Kubernetes has started this process are they "
-            "found by themselves."
-        )
-        raise ValueError(msg) from error
+    jax.distributed.initialize(
+        coordinator,
+        processes,
+        process,
+        cluster_detection_method="deactivate",
+        initialization_timeout=round(patience),
+        heartbeat_timeout_seconds=round(silence),
+        shutdown_timeout_seconds=round(silence),
+        # Process 0 starts a service in any case: one that nobody asks, at any free port.
+        coordinator_bind_address="127.0.0.1:0",
+    )
 
 
 def _leave(own: Client, watch: Watch) -> None:

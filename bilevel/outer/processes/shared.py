@@ -58,20 +58,20 @@ def decided(function: Callable[[], T], *errors: type[Exception]) -> T:
     """
     if not several():
         return function()
-    found: Any = None
     raised: Exception | None = None
-    number, message = -1, ""
+    told: Any = None
     if first():
         try:
-            found = function()
+            told = [function(), -1, ""]
         except errors as error:
-            raised, message = error, str(error)
-            number = next(place for place, kind in enumerate(errors) if isinstance(error, kind))
-    found, number, message = shared([found, number, message])
+            raised = error
+            place = next(place for place, kind in enumerate(errors) if isinstance(error, kind))
+            told = [None, place, str(error)]
+    found, place, message = shared(told)
     if raised is not None:
         raise raised
-    if number >= 0:
-        raise errors[number](message)
+    if place >= 0:
+        raise errors[place](message)
     return found
 
 

@@ -21,7 +21,7 @@ _LATER = 1.2
 """Times the silence: what waits for it knows that nobody was lost."""
 
 _ANSWERED = 0.7
-"""Part of the silence after which the coordinator is lost: JAX itself takes a bit less than all."""
+"""Part of the silence after which the service is lost: after nearly all of it JAX aborts."""
 
 
 class Watch:
@@ -42,7 +42,7 @@ class Watch:
         self._stopped = threading.Event()
         self._answers = 0
         self._raised = float("inf")
-        for target in (self._look_after_all, self._ask, self._look_after_first):
+        for target in (self._look_after_all, self._ask, self._look_after_service):
             threading.Thread(target=target, name="bilevel-watch", daemon=True).start()
 
     def stop(self) -> None:
@@ -54,21 +54,23 @@ class Watch:
             try:
                 living = self._client.living()
             except RuntimeError:
-                return  # the coordinator is gone: who asks it sees that
+                return  # the service is gone: who asks it sees that
             lost = sorted(set(range(self._client.count)) - living)
             # Long after this one has raised by itself, the others have left because of it.
             if lost and time.monotonic() - self._raised < _LATER * self._silence:
-                self._leave(f"process {lost[0]} does not answer any more: killed, frozen or cut off")
+                self._leave(
+                    f"process {lost[0]} does not answer any more: killed, frozen or cut off"
+                )
             self._stopped.wait(_EVERY)
 
     def _ask(self) -> None:
-        """Ask the coordinator, which answers at once if it is there, who has raised."""
+        """Ask the service, which answers at once if it is there, who has raised."""
         seen: dict[str, float] = {}
         while not self._stopped.is_set():
             try:
                 failed = self._client.entries(FAILED)
             except RuntimeError:
-                self._leave(_COORDINATOR)
+                self._leave(_SERVICE)
                 return
             self._answers += 1
             now = time.monotonic()
@@ -81,14 +83,14 @@ class Watch:
                         self._leave(f"process {name} has failed: {what}")
             self._stopped.wait(_EVERY)
 
-    def _look_after_first(self) -> None:
-        """Count seconds in which this process ran, and the coordinator did not answer."""
+    def _look_after_service(self) -> None:
+        """Count seconds in which this process ran, and the service did not answer."""
         ticks, answers = 0, -1
         while not self._stopped.wait(_TICK):
             ticks = ticks + 1 if answers == self._answers else 0
             answers = self._answers
             if ticks * _TICK > _ANSWERED * self._silence:
-                self._leave(_COORDINATOR)
+                self._leave(_SERVICE)
 
     def _leave(self, why: str) -> None:
         """End this process from a thread: its own is in a collective that nothing interrupts."""
@@ -103,4 +105,6 @@ class Watch:
         os._exit(LOST)
 
 
-_COORDINATOR = "process 0 does not answer any more: killed, frozen or cut off"
+_SERVICE = (
+    "the coordination service does not answer any more: process 0, or its machine, is cut off"
+)
