@@ -68,7 +68,7 @@ class RunConfiguration(Configuration):
     mlflow: Name | None = None
     devices: Count | None = None
     processes: Count | None = None
-    silence: Annotated[Real, Field(ge=3, le=25)] = 15.0
+    silence: Annotated[Real, Field(ge=3, le=20)] = 15.0
 
 
 class CompareConfiguration(Configuration):

@@ -16,12 +16,13 @@ import jax
 from bilevel.cli.failure import DONE, MISUSED, UsageError
 from bilevel.cli.output import say
 from bilevel.outer.processes.connection import connected_processes, speaks
+from bilevel.outer.processes.shared import first
 from bilevel.outer.processes.watch import LOST
 from bilevel.outer.shield import WAITING
 
 _HOST = "127.0.0.1"
-_LONGER = 8.0
-"""Seconds beyond 1.2 of the silence that the others have to leave when one has ended badly."""
+_LONGER = 10.0
+"""Seconds beyond the silence that the others have to leave when one has ended badly."""
 
 
 def check_processes(options: argparse.Namespace) -> None:
@@ -60,7 +61,7 @@ def check_devices(options: argparse.Namespace) -> None:
             f"--devices {count}: there are {len(own)} here ({kind}); ask for as many as there are."
         )
         raise UsageError(msg)
-    if own[0].platform == "cpu" and count > 1 and not options.quiet and jax.process_index() == 0:
+    if own[0].platform == "cpu" and count > 1 and not options.quiet and first():
         say(f"{count} devices are simulated on the CPU: for trying things out, not for speed.")
 
 
@@ -80,15 +81,16 @@ def joined(options: argparse.Namespace) -> Generator[None]:
     coordinator, process, processes = options.coordinator, None, None
     if isinstance(options.process, tuple):
         process, processes = options.process
-    with _own_output(), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(
                 connected_processes(coordinator, process, processes, silence=options.silence)
             )
         except (ValueError, RuntimeError) as error:
-            first = " ".join(str(error).split()).removeprefix("connected_processes: ")
-            msg = f"--process: {first}"
+            what = " ".join(str(error).split()).removeprefix("connected_processes: ")
+            msg = f"--process: {what}"
             raise UsageError(msg) from error
+        stack.enter_context(_own_output(shows_others=first() and not options.quiet))
         try:
             yield
         except UsageError as error:
@@ -106,11 +108,18 @@ def _simulate(count: int | None) -> None:
 
 
 @contextlib.contextmanager
-def _own_output() -> Generator[None]:
-    """Keep standard output for what this command prints: gloo tells of its connections there."""
+def _own_output(*, shows_others: bool) -> Generator[None]:
+    """Keep standard output for what is printed in Python: gloo tells of its connections there.
+
+    **Arguments:**
+
+    - `shows_others`: whether that is seen at all, on standard error.
+    """
     sys.stdout.flush()
     before, kept = sys.stdout, os.dup(1)
-    os.dup2(2, 1)
+    elsewhere = os.dup(2) if shows_others else os.open(os.devnull, os.O_WRONLY)
+    os.dup2(elsewhere, 1)
+    os.close(elsewhere)
     with os.fdopen(kept, "w", encoding="utf-8") as own:
         sys.stdout = own
         try:
@@ -146,7 +155,7 @@ def start(options: argparse.Namespace, words: Sequence[str]) -> int:
         for number in range(count)
     ]
     with _handed_on(children):
-        return _outcome(children, 1.2 * options.silence + _LONGER)
+        return _outcome(children, options.silence + _LONGER)
 
 
 def _free_port() -> int:
@@ -179,22 +188,22 @@ def _handed_on(children: Sequence[subprocess.Popen[bytes]]) -> Generator[None]:
 
 def _outcome(children: Sequence[subprocess.Popen[bytes]], patience: float) -> int:
     """Wait for all, and no longer than they need to leave when one has ended badly."""
-    first: int | None = None
+    cause: int | None = None
     until = float("inf")
     while any(child.poll() is None for child in children) and time.monotonic() < until:
         time.sleep(0.05)
         bad = [number for number, child in enumerate(children) if child.poll()]
-        if bad and first is None:
-            first, until = bad[0], time.monotonic() + patience
+        if bad and cause is None:
+            cause, until = bad[0], time.monotonic() + patience
     codes = [child.poll() for child in children]
-    if first is None:
-        first = next((number for number, code in enumerate(codes) if code), None)
-    if first is None:
+    if cause is None:
+        cause = next((number for number, code in enumerate(codes) if code), None)
+    if cause is None:
         return DONE
-    code = codes[first] or LOST
+    code = codes[cause] or LOST
     if code < 0:
         say(
-            f"process {first} of {len(children)} was ended by {signal.Signals(-code).name}, and "
+            f"process {cause} of {len(children)} was ended by {signal.Signals(-code).name}, and "
             "the others have left. --resume goes on from the last checkpoint."
         )
         return LOST

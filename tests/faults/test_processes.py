@@ -1,8 +1,9 @@
-"""One of four processes is killed or frozen: the others leave, and the run goes on to the same end."""
+"""One of four processes is killed or frozen: the others leave, and the run goes on."""
 
 import os
 import random
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,8 @@ def disturbed(folder: Path, what: signal.Signals, generator: random.Random) -> l
         assert f"bilevel: process {victim} does not answer any more" in said[number], said
         assert f"process {number} of {COUNT}, leaves, too" in said[number]
         assert "Traceback" not in said[number]
-    print(f"{what.name} of process {victim} after {wait:.1f} s:", *ended.values())
+    told = ", ".join(f"{seconds:.1f} s" for _, seconds in ended.values())
+    sys.stdout.write(f"{what.name} of process {victim} after {wait:.1f} s: {told}\n")
     return [seconds for _, seconds in ended.values()]
 
 
@@ -78,6 +80,5 @@ def test_a_lost_process_ends_all_and_the_run_goes_on(
             assert {code for code, _ in group.codes().values()} == {0}, group.said(0)
         assert trainee.last_state(folder / "run") == undisturbed
     seconds.sort()
-    print(
-        f"{done} × {what.name}: {seconds[-1]:.1f} s at most, median {seconds[len(seconds) // 2]:.1f} s"
-    )
+    median = seconds[len(seconds) // 2]
+    sys.stdout.write(f"{done} × {what.name}: at most {seconds[-1]:.1f} s, median {median:.1f} s\n")

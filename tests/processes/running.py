@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 ROOT = Path(__file__).parents[2]
 TASK = str(Path(__file__).with_name("task.py"))
@@ -35,13 +35,17 @@ def run(*words: str, **more: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
+def free_address() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
 class Group:
     """One run in several processes, as a scheduler starts them, with what they say."""
 
     def __init__(self, folder: Path, count: int, *words: str):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
+        address = free_address()
         self.directory = folder / "run"
         self._said = [folder / f"said-{number}" for number in range(count)]
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -57,10 +61,10 @@ class Group:
                     )
                 )
 
-    def __enter__(self) -> "Group":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         for process in self.processes:
             process.kill()
             process.wait()
@@ -70,7 +74,7 @@ class Group:
 
     def wait_until_connected(self) -> None:
         """All have the directory: what follows is compiling and training."""
-        self.wait_for(lambda: (self.directory / "owner.json").exists())
+        self.wait_for((self.directory / "owner.json").exists)
 
     def wait_for_epochs(self, count: int) -> None:
         history = self.directory / "history.jsonl"

@@ -10,9 +10,16 @@ import jax
 
 from bilevel.outer.processes.client import Client, client
 from bilevel.outer.processes.service import coordination
-from bilevel.outer.processes.watch import FAILED, Watch
+from bilevel.outer.processes.watch import FAILED, LATER, Watch
 
 _MOST_TEXT = 300
+
+_SILENCE = "bilevel/silence"
+_ALONE = "bilevel/alone/"
+"""Keys of processes that have waited for others to fail, too, in vain."""
+
+_MARGIN = 3.0
+"""Seconds that others may take longer to leave than they should."""
 
 
 @contextlib.contextmanager
@@ -39,7 +46,7 @@ def connected_processes(
         processes: Slurm, Open MPI, Kubernetes, a TPU pod.
     - `process`: number of this one, from 0; `None` likewise.
     - `processes`: how many there are; `None` likewise.
-    - `silence`: seconds without a heartbeat after which a process is lost, from 3 to 25.
+    - `silence`: seconds without a heartbeat after which a process is lost, from 3 to 20.
     - `patience`: seconds to wait for the others to come.
 
     **Raises:** `ValueError` naming the argument, or where nothing is found that has started
@@ -57,37 +64,39 @@ def connected_processes(
             stack.enter_context(coordination(coordinator, processes, silence))
         _connect(coordinator, process, processes, silence, patience)
         own = client()
+        own.tell(_SILENCE, str(silence))
         watch = Watch(own, silence)
         try:
             yield
         except BaseException as error:
             # SystemExit and KeyboardInterrupt included: who leaves is missed by the others.
-            if failed_together(error, 1.5 * silence + 3.0):
+            if failed_together(error):
                 _leave(own, watch)
             raise
         _leave(own, watch)
 
 
-def failed_together(error: BaseException, seconds: float = 25.0) -> bool:
+def failed_together(error: BaseException) -> bool:
     """Tell the other processes that this one has raised, and whether all of them have.
 
-    If another is lost, this ends the process; see `Watch`.
+    Waits as long as they need to leave if they have not. If another is lost, this ends the
+    process; see `Watch`.
 
     **Arguments:**
 
     - `error`: what was raised.
-    - `seconds`: to wait for the others.
     """
     try:
         own = client()
     except RuntimeError:
         return True  # there are no others
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    until = time.monotonic() + seconds
     try:
-        own.tell(f"{FAILED}{own.index}", text[:_MOST_TEXT])
+        own.offer(f"{FAILED}{own.index}", text[:_MOST_TEXT])
+        until = time.monotonic() + float(own.find(_SILENCE) or 0.0) + LATER + _MARGIN
         while len(own.entries(FAILED)) < own.count:
-            if time.monotonic() > until:
+            if time.monotonic() > until or own.find(f"{_ALONE}{own.index}") is not None:
+                own.tell(f"{_ALONE}{own.index}", "")
                 return False
             time.sleep(0.1)
     except RuntimeError:
@@ -120,8 +129,8 @@ def _check(process: int | None, processes: int | None, silence: float) -> None:
         most = (processes or 1) - 1
         msg = f"connected_processes: process should be from 0 to {most}, got {process}."
         raise ValueError(msg)
-    if not 3.0 <= silence <= 25.0:
-        msg = f"connected_processes: silence should be from 3 to 25 seconds, got {silence}."
+    if not 3.0 <= silence <= 20.0:
+        msg = f"connected_processes: silence should be from 3 to 20 seconds, got {silence}."
         raise ValueError(msg)
 
 

@@ -17,8 +17,11 @@ _EVERY = 1.0
 """Seconds between two looks."""
 
 _TICK = 0.5
-_LATER = 1.2
-"""Times the silence: what waits for it knows that nobody was lost."""
+LATER = 5.0
+"""Seconds beyond the silence after which nobody can have been lost: the cause is another."""
+
+_NOTICED = 3.0
+"""Seconds beyond the silence in which a loss is noticed."""
 
 _ANSWERED = 0.7
 """Part of the silence after which the service is lost: after nearly all of it JAX aborts."""
@@ -57,7 +60,7 @@ class Watch:
                 return  # the service is gone: who asks it sees that
             lost = sorted(set(range(self._client.count)) - living)
             # Long after this one has raised by itself, the others have left because of it.
-            if lost and time.monotonic() - self._raised < _LATER * self._silence:
+            if lost and time.monotonic() - self._raised < self._silence + _NOTICED:
                 self._leave(
                     f"process {lost[0]} does not answer any more: killed, frozen or cut off"
                 )
@@ -79,7 +82,7 @@ class Watch:
             else:
                 for name, what in failed.items():
                     # Later than a lost process is: that one is the cause of what others raise.
-                    if now - seen.setdefault(name, now) > _LATER * self._silence:
+                    if now - seen.setdefault(name, now) > self._silence + LATER:
                         self._leave(f"process {name} has failed: {what}")
             self._stopped.wait(_EVERY)
 
