@@ -16,7 +16,7 @@ from bilevel.outer.history import History
 from bilevel.outer.processes.watch import LOST
 from tests.faults import trainee
 from tests.processes import worker
-from tests.processes.running import Group, environment, free_address, run
+from tests.processes.running import ROOT, Group, environment, free_address, run
 
 pytestmark = pytest.mark.slow
 
@@ -150,6 +150,25 @@ def test_a_batch_that_the_processes_do_not_divide_is_refused(tmp_path: Path):
     assert "a batch of 16 cannot be split evenly over 3 devices" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "history.jsonl").exists()
+
+
+def test_the_script_of_the_page_trains_in_two_processes(tmp_path: Path):
+    page = (ROOT / "docs" / "processes.md").read_text(encoding="utf-8")
+    script = tmp_path / "train.py"
+    script.write_text(page.partition("<!-- file: train.py -->\n```python\n")[2].partition("```")[0])
+    address = free_address()
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(script), address, str(number), "2"],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in started]
+    for number in range(2):
+        assert f"process {number}: 1.500\n" in said[number]
 
 
 @pytest.mark.parametrize("backend", ["safetensors", "orbax"])
