@@ -265,7 +265,7 @@ def _add_processes(parser: Parser) -> None:
     )
     parser.add_argument(
         "--silence",
-        type=_share,
+        type=_silence,
         metavar="S",
         help="seconds after which a process that does not answer is lost, and all others stop (15)",
     )
@@ -342,6 +342,14 @@ def _share(word: str) -> float:
     value = _real(word)
     if value < 0:
         msg = f"{word!r} is negative."
+        raise argparse.ArgumentTypeError(msg)
+    return value
+
+
+def _silence(word: str) -> float:
+    value = _real(word)
+    if not 3 <= value <= 20:
+        msg = f"{word!r} should be from 3 to 20 seconds."
         raise argparse.ArgumentTypeError(msg)
     return value
 

@@ -19,6 +19,7 @@ from bilevel.outer.limits import in_words, limits
 from bilevel.outer.machine import machine
 from bilevel.outer.optimize import NonFiniteError, optimize
 from bilevel.outer.policy import Policy, parse_policies, parse_policy
+from bilevel.outer.processes.shared import several
 from bilevel.outer.progress import Reporter
 from bilevel.outer.run import INTERRUPTED, Run, holds_run
 from bilevel.outer.search import cheapest_level
@@ -96,6 +97,12 @@ def compare(
     numbers = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
     first = _built(build, numbers[0] if numbers else 0)
     chosen = policies if policies is not None else recommended(first)
+    if several():
+        msg = (
+            "compare: it trains in one process, and this is one of several. Compare without the "
+            "others, or run each policy by itself with optimize."
+        )
+        raise ValueError(msg)
     settings = validated(
         ComparisonSettings,
         "compare",

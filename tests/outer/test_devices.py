@@ -54,7 +54,7 @@ found["mesh"] = {
     "lies": str(many.theta["w"].sharding.spec),
     "compilations": many.summary.compilations,
 }
-listed = [jax.random.normal(key, (size, 8)) for key, size in zip(jax.random.split(jax.random.key(1), 2), (8, 6))]
+listed = [jax.random.normal(jax.random.key(size), (size, 8)) for size in (8, 6)]
 for name, given, devices in (
     ("made", make(rows=18), 4),
     ("listed", dataclasses.replace(task, batches=listed), 4),

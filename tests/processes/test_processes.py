@@ -1,6 +1,7 @@
 """One run in several real processes: the same everywhere, told to leave together, gone on with."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -150,6 +151,13 @@ def test_a_batch_that_the_processes_do_not_divide_is_refused(tmp_path: Path):
     assert "a batch of 16 cannot be split evenly over 3 devices" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "history.jsonl").exists()
+
+
+def test_more_devices_than_there_are_is_refused(tmp_path: Path):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    done = run("--devices", "4", "--directory", str(tmp_path / "run"), XLA_FLAGS=flags)
+    assert done.returncode == 2
+    assert "--devices 4: there are 2 here (cpu); ask for as many as there are." in done.stderr
 
 
 def test_the_script_of_the_page_trains_in_two_processes(tmp_path: Path):
