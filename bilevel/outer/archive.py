@@ -327,6 +327,18 @@ class Archive:
             self._say(f"an old checkpoint could not be removed: {in_words(error)}")
 
     def _keep(self, mark: Mark) -> None:
+        if not self.together:
+            self._store_one(mark)
+            return
+        try:
+            # Who could not write its part has the others know: what follows is the same for all.
+            with same_everywhere() as kept:
+                self._store_one(mark)
+                kept.append(mark.place.name)
+        except ValueError as error:
+            raise OSError(0, "another process could not write its part") from error
+
+    def _store_one(self, mark: Mark) -> None:
         assert self._store is not None
         self._store.save(
             mark.place,

@@ -54,14 +54,15 @@ class Agreement:
         self._round = 0
         self._passed = 0
         self._found: tuple[int, str] | None = None
-        self._asked: str | None = None
+        self._heard: str | None = None
+        self._late = False
         self._open = True
         self._thread = threading.Thread(target=self._listen, name="bilevel-agree", daemon=True)
         self._thread.start()
 
     def ask_to_save(self) -> None:
         """Have all save, soon."""
-        self._asked = self._asked or _SAVE
+        self._late = self._found is None
 
     @contextlib.contextmanager
     def hearing(self) -> Generator[None]:
@@ -81,7 +82,7 @@ class Agreement:
             if heard.count(signal.SIGINT) > 1:
                 os.write(2, b"\nbilevel: left without saving.\n")
                 os._exit(128 + number)
-            self._asked = signal.Signals(number).name
+            self._heard = signal.Signals(number).name
 
         before = {number: signal.getsignal(number) for number in WAITING}
         ours = [number for number, kept in before.items() if callable(kept)]
@@ -112,7 +113,7 @@ class Agreement:
             if self._found is None or self._passed < self._found[0]:
                 return False
             _, what = self._found
-            self._found = None
+            self._found, self._late = None, False
             self._round += 1
         if what == _SAVE:
             return True
@@ -140,10 +141,12 @@ class Agreement:
                 return  # the runtime has gone, and with it the run
 
     def _look(self) -> None:
-        number, asked = self._round, self._asked
+        number = self._round
         key = f"{self._name}/{number}"
-        if asked is not None and self._client.offer(f"{key}/what", asked):
-            self._asked = None
+        # A signal is asked for until the run ends by it, and a save until there was one.
+        asked = self._heard or (_SAVE if self._late else None)
+        if asked is not None and self._found is None:
+            self._client.offer(f"{key}/what", asked)
         if self._found is not None:
             return
         what = self._client.find(f"{key}/what")
