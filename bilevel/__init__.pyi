@@ -40,6 +40,9 @@ from .outer.plotting import plot_runs as plot_runs
 from .outer.report.page import write_report as write_report
 from .outer.run import Run as Run
 from .outer.simultaneous import Simultaneous as Simultaneous
+from .outer.sweeps.result import Sweep as Sweep
+from .outer.sweeps.sweep import OtherSweepError as OtherSweepError
+from .outer.sweeps.sweep import sweep as sweep
 from .outer.task import Task as Task
 from .outer.tensorboard import TensorBoard as TensorBoard
 from .outer.warm_starts import WarmStart as WarmStart
