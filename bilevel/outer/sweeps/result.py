@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.text import Text
 from bilevel.outer.checkpoints.durable import write_file
 from bilevel.outer.comparison import FULL, Comparison
 from bilevel.outer.frame import data_frame
-from bilevel.outer.history import History
+from bilevel.outer.history import History, encode
 from bilevel.outer.row import Row
 from bilevel.outer.run import FAILED, HISTORY_FILE, SUMMARY_FILE, Run, Summary, summarize
 from bilevel.outer.sheet import Column, Sheet
@@ -166,6 +167,23 @@ class Sweep:
         """The tables and notes in Markdown."""
         lines = [f"**{sheet.title}**\n\n{sheet.markdown()}\n" for sheet in self.sheets]
         return "\n".join([*lines, *(f"- {note}" for note in self.notes)])
+
+    def to_json(self) -> str:
+        """The sweep as one JSON object: plan, rows, failures, and what is unfinished."""
+        settings = {point.name: _settings(point) for point in self.plan.points}
+        fields = {
+            "task": self.plan.name,
+            "metric_name": self.plan.metric_name,
+            "settings": {name: plain(values) for name, values in self.plan.settings.items()},
+            "rows": [
+                {"settings": settings[name], **dataclasses.asdict(row)} for name, row in self.rows
+            ],
+            "failures": {name: failure.cause for name, failure in self.failures.items()},
+            "unfinished": list(self.unfinished),
+            "interrupted": self.interrupted,
+            "directory": str(self.directory),
+        }
+        return json.dumps(encode(fields), indent=2, allow_nan=False)
 
     def to_csv(self, *, runs: bool = False) -> str:
         """The table as CSV with full digits, a row for each choice of settings and policy.

@@ -19,7 +19,7 @@ from bilevel.outer.checkpoints.owner import LOCK_FILE, Owner
 from bilevel.outer.checkpoints.settings import Checkpoints
 from bilevel.outer.compare import recommended
 from bilevel.outer.machine import machine
-from bilevel.outer.policy import parse_policies
+from bilevel.outer.policy import Policy, parse_policies
 from bilevel.outer.settings import ComparisonSettings, validated
 from bilevel.outer.sweeps.attempt import finished
 from bilevel.outer.sweeps.cluster import SLURM, run_with_submitit
@@ -31,6 +31,8 @@ from bilevel.outer.sweeps.stopping import Process, Stop, Told
 from bilevel.outer.sweeps.work import Build, Ending, Outcome, Work, built, takes_seed
 from bilevel.outer.task import Task
 from bilevel.outer.versions import versions
+
+_SEARCH = "best-fixed"
 
 
 class OtherSweepError(ValueError):
@@ -333,16 +335,14 @@ def _completed(plan: Plan, build: Build, training: Mapping[str, Any]) -> Plan:
     )
     plan = dataclasses.replace(plan, seeds=numbers.seeds)
     task = _first_task(plan, build)
-    policies = parse_policies(",".join(plan.policies or _without_searches(recommended(task))))
-    searches = [policy.text for policy in policies if policy.kind == "best-fixed"]
+    policies = _policies(plan, task)
+    searches = [policy.text for policy in policies if policy.kind == _SEARCH]
     if searches:
         msg = (
             f"sweep: policy {searches[0]!r} is a search of runs one after another. Take it in "
             "compare, or sweep constant budgets: fixed=10,fixed=20,fixed=40."
         )
         raise ValueError(msg)
-    for policy in policies:
-        controller_for(policy, task)
     if training["optimizer"] is None and task.optimizer is None:
         msg = f"sweep: the task {task.name!r} names no optimizer: give optimizer=optax.adam(1e-3)."
         raise ValueError(msg)
@@ -368,8 +368,21 @@ def _completed(plan: Plan, build: Build, training: Mapping[str, Any]) -> Plan:
     )
 
 
-def _without_searches(policies: Sequence[str]) -> list[str]:
-    return [policy for policy in policies if policy.partition("=")[0] != "best-fixed"]
+def _policies(plan: Plan, task: Task) -> tuple[Policy, ...]:
+    """The policies of a plan, or those that the task recommends.
+
+    **Raises:** `ValueError` for one that is unknown, or that the task cannot serve.
+    """
+    known = [name for name in recommended(task) if name.partition("=")[0] != _SEARCH]
+    try:
+        policies = parse_policies(",".join(plan.policies or known))
+        for policy in policies:
+            if policy.kind != _SEARCH:
+                controller_for(policy, task)
+    except ValueError as error:
+        msg = f"sweep: {error}"
+        raise ValueError(msg) from error
+    return policies
 
 
 def _first_task(plan: Plan, build: Build) -> Task:
@@ -396,14 +409,14 @@ def _claim(directory: Path, plan: Plan, *, overwrite: bool) -> None:
             _remove(directory, before)
         elif (difference := before.difference(plan)) is not None:
             msg = (
-                f"{directory} holds another sweep: {difference}. Name another directory, or pass "
+                f"sweep: {directory} holds another sweep: {difference}. Name another directory, or pass "
                 "overwrite=True to replace it."
             )
             raise OtherSweepError(msg)
         else:
             return
     elif held - {".stop"}:
-        msg = f"{directory} holds something that is no sweep. Name another directory."
+        msg = f"sweep: {directory} holds something that is no sweep. Name another directory."
         raise FileExistsError(msg)
     plan.save(directory)
 
