@@ -133,7 +133,7 @@ def configure(options: argparse.Namespace) -> AnyConfiguration:
         _put(written, path, _value(value))
     task = written.get("task", {})
     grid: dict[str, list[Any]] = written.get("grid", {})
-    worded = {"task": {name: str(task[name]) for name in task}}
+    worded: dict[str, Any] = {"task": {name: str(task[name]) for name in task}}
     if grid:
         worded["grid"] = {name: list(map(str, values)) for name, values in grid.items()}
     found = model(**_tupled({**written, **worded}))

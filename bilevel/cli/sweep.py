@@ -83,11 +83,7 @@ def sweep(options: argparse.Namespace, words: Sequence[str]) -> int:
         )
         raise UsageError(msg)
     try:
-        policies = (
-            ()
-            if options.policies is None
-            else tuple(p.text for p in parse_policies(options.policies))
-        )
+        parsed = () if options.policies is None else parse_policies(options.policies)
     except ValueError as error:
         raise UsageError(str(error)) from error
     options.discard = False
@@ -99,7 +95,7 @@ def sweep(options: argparse.Namespace, words: Sequence[str]) -> int:
         task=as_typed([options.task]).removeprefix("bilevel "),
         fixed=effective,
         settings=settings,
-        policies=policies,
+        policies=tuple(policy.text for policy in parsed),
         seeds=options.seeds,
         training={"epochs": options.epochs, "max_nonfinite": options.max_nonfinite},
         target=options.target,
@@ -145,7 +141,7 @@ def _for_the_command(message: str) -> str:
     """A message of `bl.sweep` in the words of the command line."""
     message = message.removeprefix("sweep: ")
     for python, typed in (
-        ("or pass overwrite=True", "or add --overwrite"),
+        ("pass overwrite=True", "add --overwrite"),
         ('backend="slurm"', "--backend slurm"),
         ('backend="dask" or "ray"', "--backend dask or ray"),
         ("slurm= is", "--slurm is"),

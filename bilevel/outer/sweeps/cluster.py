@@ -1,6 +1,7 @@
 """Cluster: the runs of a sweep as jobs of Slurm, by submitit."""
 
 import importlib
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from bilevel.outer.sweeps.work import Ending, Outcome, Work
 
 SLURM = "slurm"
 _LOGS = "slurm"
+_LOGGING = "SUBMITIT_LOG_LEVEL"
 _EVERY = 0.5
 _SAVING = 60.0
 """Seconds that running jobs have for saving, once the sweep is told to stop."""
@@ -76,11 +78,7 @@ def run_with_submitit(
 
 def _executor(directory: Path, workers: int | None, parameters: dict[str, Any]) -> tuple[Any, bool]:
     """The executor, and whether it takes all jobs at once."""
-    try:
-        submitit: Any = importlib.import_module("submitit")
-    except ImportError as error:
-        msg = "sweep: the backend slurm needs submitit: pip install submitit"
-        raise ImportError(msg) from error
+    submitit = _submitit()
     cluster = parameters.pop("cluster", SLURM)
     try:
         executor = submitit.AutoExecutor(folder=directory / _LOGS, cluster=cluster)
@@ -93,6 +91,20 @@ def _executor(directory: Path, workers: int | None, parameters: dict[str, Any]) 
         msg = f"sweep: submitit refuses: {first}"
         raise ValueError(msg) from error
     return executor, array
+
+
+def _submitit() -> Any:
+    # Its import would configure logging anew, which closes the handlers of everybody else.
+    before = os.environ.get(_LOGGING)
+    os.environ[_LOGGING] = before or "NOCONFIG"
+    try:
+        return importlib.import_module("submitit")
+    except ImportError as error:
+        msg = "sweep: the backend slurm needs submitit: pip install submitit"
+        raise ImportError(msg) from error
+    finally:
+        if before is None:
+            del os.environ[_LOGGING]
 
 
 def _drop(waiting: "deque[Work]", done: Callable[[Outcome], None]) -> None:

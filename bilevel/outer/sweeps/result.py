@@ -70,21 +70,21 @@ class Sweep:
         plan = Plan.read(directory)
         failures: dict[str, Failure] = {}
         unfinished: list[str] = []
-        found: dict[Point, dict[str, list[Run]]] = {}
+        found: dict[str, dict[str, list[Run]]] = {}
         for point, policy, seed in plan.runs():
             folder = directory / plan.folder(point, policy, seed)
-            name = ", ".join(filter(None, [point.name, policy, f"seed {seed}"]))
+            run_name = ", ".join(filter(None, [point.name, policy, f"seed {seed}"]))
             failure = failure_of(folder)
             if failure is not None:
-                failures[name] = failure
+                failures[run_name] = failure
             elif not finished(folder):
-                unfinished.append(name)
+                unfinished.append(run_name)
             run = _run(plan, folder, policy, seed, failure)
-            found.setdefault(point, {}).setdefault(policy, []).append(run)
+            found.setdefault(point.name, {}).setdefault(policy, []).append(run)
         title = plan.name or plan.task
         comparisons = {
-            point.name: Comparison(
-                task=f"{title}, {point.name}" if point.name else title,
+            name: Comparison(
+                task=f"{title}, {name}" if name else title,
                 metric_name=plan.metric_name,
                 runs=runs,
                 target=plan.target,
@@ -93,7 +93,7 @@ class Sweep:
                 interrupted=any(run.status in (NOT_BEGUN, UNFINISHED) for run in _all(runs)),
                 origin=plan.origin,
             )
-            for point, runs in found.items()
+            for name, runs in found.items()
         }
         return cls(comparisons, failures, unfinished, interrupted, directory, plan)
 

@@ -409,8 +409,8 @@ def _claim(directory: Path, plan: Plan, *, overwrite: bool) -> None:
             _remove(directory, before)
         elif (difference := before.difference(plan)) is not None:
             msg = (
-                f"sweep: {directory} holds another sweep: {difference}. Name another directory, or pass "
-                "overwrite=True to replace it."
+                f"sweep: {directory} holds another sweep: {difference}. Name another directory, or "
+                "pass overwrite=True to replace it."
             )
             raise OtherSweepError(msg)
         else:

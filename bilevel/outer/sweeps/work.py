@@ -128,7 +128,8 @@ class Work:
         resume = has_checkpoints(self.directory)
         task = built(self.build, self.point, self.seed)
         controller = controller_for(parse_policy(self.policy), task)
-        callbacks = [*self.training["callbacks"], StopBetweenEpochs(self.stop)]
+        training: dict[str, Any] = dict(self.training)
+        training["callbacks"] = [*self.training["callbacks"], StopBetweenEpochs(self.stop)]
         with (self.directory / LOG_FILE).open("a", encoding="utf-8") as log:
             return optimize(
                 task,
@@ -140,7 +141,7 @@ class Work:
                 overwrite=not resume,
                 time_solver=True,
                 progress=Lines(Console(file=log, width=120), interval=5.0),
-                **{**self.training, "callbacks": callbacks},
+                **training,
             )
 
     def _told(self, run: Run) -> Outcome:
