@@ -170,7 +170,10 @@ class Sweep:
 
     def to_json(self) -> str:
         """The sweep as one JSON object: plan, rows, failures, and what is unfinished."""
-        settings = {point.name: _settings(point) for point in self.plan.points}
+        settings = {
+            point.name: {name: plain(value) for name, value in point.settings}
+            for point in self.plan.points
+        }
         fields = {
             "task": self.plan.name,
             "metric_name": self.plan.metric_name,
