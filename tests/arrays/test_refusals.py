@@ -217,13 +217,17 @@ def test_a_function_of_jax_may_capture_what_is_not_learned():
     assert torch.equal(found[1], ONE)
 
 
-@pytest.mark.parametrize(
-    "function",
-    [lambda x: torch.sin(x), lambda x: x * LEARNED.detach(), lambda x: LEARNED.detach() * x],
-)
-def test_torch_in_a_function_of_jax_is_told_where_it_belongs(function):
+MEETINGS = {
+    "a function": torch.sin,
+    "on the right": lambda x: x * LEARNED.detach(),
+    "on the left": lambda x: LEARNED.detach() * x,
+}
+
+
+@pytest.mark.parametrize("name", MEETINGS)
+def test_torch_in_a_function_of_jax_is_told_where_it_belongs(name):
     with pytest.raises(TypeError, match=r"It is a function of JAX.*are for bilevel_arrays\.solve"):
-        ba.torch.function(function)(ONE)
+        ba.torch.function(lambda x: MEETINGS[name](x))(ONE)
 
 
 def test_a_hypergradient_refuses_a_start_of_another_kind():
