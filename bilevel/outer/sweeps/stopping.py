@@ -93,10 +93,13 @@ def interruptible(stop: Stop, parent: Process) -> Generator[None]:
     over = threading.Event()
     first = os.getppid()
 
+    def alone() -> bool:
+        return os.getppid() != first or not _alive(parent.number)
+
     def watch() -> None:
         looks = 0
         while not over.wait(_EVERY):
-            if stop.said or os.getppid() != first or not _alive(parent.number):
+            if stop.said or alone():
                 if looks % _AGAIN == 0:
                     os.kill(here.number, signal.SIGTERM)
                 looks += 1
@@ -111,6 +114,8 @@ def interruptible(stop: Stop, parent: Process) -> Generator[None]:
         watcher.join()
         for number, handler in before.items():
             signal.signal(number, handler)
+        if alone():
+            os._exit(1)  # what there was to save is saved, and nobody takes the results
 
 
 def _alive(number: int) -> bool:
