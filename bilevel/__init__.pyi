@@ -17,6 +17,7 @@ from .evaluation import Hypergradient as Hypergradient
 from .evaluation import hypergradient as hypergradient
 from .evaluation import truncation_error as truncation_error
 from .inner_solve import solve as solve
+from .mixed_precision import mixed_precision as mixed_precision
 from .operator import LinearOperator as LinearOperator
 from .outer.archive import NotKeptError as NotKeptError
 from .outer.archive import ResumeError as ResumeError
