@@ -58,7 +58,7 @@ def test_solutions_and_gradients_are_as_good_as_the_precision_and_no_better(dtyp
 def test_a_tolerance_below_the_roundoff_is_not_called_converged():
     budget = bl.Budget(iterations=500, rtol=1e-6)
     solution = solve(THETA, bl.Fidelity(budget, budget, static={"dtype": "bfloat16"}))
-    assert not solution.diagnosis.startswith(("CONVERGED", "BUDGET"))
+    assert not solution.diagnosis.startswith("CONVERGED")
     loose = bl.Budget(rtol=0.05)
     solution = solve(THETA, bl.Fidelity(loose, loose, static={"dtype": "bfloat16"}))
     assert solution.diagnosis.startswith("CONVERGED")
