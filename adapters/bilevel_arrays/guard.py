@@ -16,8 +16,8 @@ class Guarded:
 
     It must not write into its arguments, which the solver goes on to use: NumPy's are passed
     as read-only views, torch's versions are compared, and at the first call the arrays of torch
-    and of other libraries with copies. Of torch's functions the first call is watched: see
-    [`watched`][bilevel_arrays.torch_watch.watched].
+    and of other libraries with copies. Of torch's functions the first call is watched, by
+    `bilevel_arrays.torch_watch`.
 
     **Arguments:**
 
