@@ -165,6 +165,7 @@ def _against_the_cpu(
         for place in (here, jax.devices("cpu")[0]):
             with jax.default_device(place):
                 task = make()
+                assert task.full_fidelity is not None
                 run = bl.optimize(
                     task,
                     controller=bl.FixedFidelity(task.full_fidelity),

@@ -27,9 +27,9 @@ def attached(setting: Setting) -> Solution:
     )
     setting = dataclasses.replace(setting, theta=still)
     # Of copies: nothing has said yet that the functions do not write into them.
-    copies = jax.tree.map(_copy, (still, setting.x0))
+    theta, x0 = jax.tree.map(_copy, (still, setting.x0))
     with on_one_device(type(setting.problem).__name__, setting.space):
-        outcome = setting.problem.evaluated(*copies, setting.space)
+        outcome = setting.problem.evaluated(theta, x0, setting.space)
     if any(map(requires, jax.tree.leaves(outcome))):
         msg = (
             f"{type(setting.problem).__name__}: it captured a tensor that requires grad, such as "

@@ -89,6 +89,29 @@ def test_values_with_commas_are_a_grid_and_words_of_lists_too(invoke, file, tmp_
     assert "made, rate=0.5, shape=[1, 2], full" in out
 
 
+def test_a_configuration_has_the_values_under_grid(invoke, file, tmp_path):
+    made = tmp_path / "made.toml"
+    made.write_text(
+        'policies = ["full"]\nseeds = [3]\nworkers = 1\nepochs = 2\n'
+        "[grid]\nrate = [0.5, 0.25]\n[task]\npause = 0\n[checkpoints]\nseconds = 5\n"
+    )
+    words = ["--config", str(made), "--quiet", "--directory", str(tmp_path / "s")]
+    # A value of the command line takes the place of the file's list.
+    code, _, err = invoke("sweep", str(file), *words, "--set", "rate=0.5")
+    assert (code, err) == (0, "")
+    sweep = Sweep.read(tmp_path / "s")
+    assert list(sweep.comparisons) == [""]
+    assert (sweep.plan.seeds, sweep.plan.training["epochs"]) == ((3,), 2)
+    code, _, err = invoke("sweep", str(file), *words)
+    assert code == 2
+    assert "holds another sweep: fixed.rate was" in err or "settings.rate was absent" in err
+    made.write_text("[grid]\nrate = []\n")
+    code, _, err = invoke("sweep", str(file), "--config", str(made))
+    assert code == 2
+    assert f"{made}: grid.rate" in err
+    assert invoke("schema", "sweep")[0] == 0
+
+
 def test_failures_are_in_the_table_and_in_the_exit_code(invoke, file, tmp_path):
     words = ["--workers", "1", "--policies", "full", "--set", "rate=0.5", "--set", "bad=raise,no"]
     code, out, err = invoke("sweep", str(file), *words, "--directory", str(tmp_path / "s"))

@@ -64,7 +64,8 @@ def as_tensor(array: Array) -> Any:
     **Raises:** `TypeError` for an array that is no array of numbers.
     """
     try:
-        if array.device.platform == "cpu":
+        device: Any = array.device
+        if device.platform == "cpu":
             return torch.utils.dlpack.from_dlpack(array.__dlpack__())
         return torch.from_dlpack(array)
     except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as error:
