@@ -51,6 +51,15 @@ class Sweep:
     - `directory`: where it is kept.
 
     `read` gives the sweep that a directory holds, as far as it has come.
+
+    >>> import tempfile, bilevel as bl, optax
+    >>> task = bl.Task(1.0, lambda theta, batch, fidelity: theta**2, full=bl.Budget(1))
+    >>> given = {"optimizer": optax.sgd(0.25), "epochs": 2, "workers": 1, "progress": False}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     found = bl.sweep(task, ["full", "fixed=2"], directory=folder, **given)
+    ...     again = bl.Sweep.read(folder)
+    >>> [row.policy for _, row in again.rows], again.unfinished
+    (['full', 'fixed=2'], [])
     """
 
     comparisons: Mapping[str, Comparison]

