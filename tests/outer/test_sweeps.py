@@ -1,11 +1,13 @@
 """Sweeps: every combination once, the same numbers as a comparison's, and nothing made twice."""
 
+import contextlib
 import csv
 import functools
 import io
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -15,9 +17,12 @@ import bilevel as bl
 from bilevel.outer.compare import compare
 from bilevel.outer.report.source import read_sections
 from bilevel.outer.run import Run
+from bilevel.outer.sweeps import cluster
 from bilevel.outer.sweeps.plan import PLAN_FILE, Plan
 from bilevel.outer.sweeps.point import Point, points
+from bilevel.outer.sweeps.stopping import Process, Stop
 from bilevel.outer.sweeps.sweep import OtherSweepError, sweep
+from bilevel.outer.sweeps.work import Work
 
 QUIET = {"progress": False, "workers": 1}
 
@@ -175,6 +180,25 @@ def test_another_plan_in_the_same_directory_is_refused(swept, changed, differenc
     given = {"policies": ["full", "fixed=2"], "seeds": [0, 4], "settings": GRID} | changed
     with pytest.raises(OtherSweepError, match=f"holds another sweep: {difference}"):
         sweep(made, directory=swept.directory, **QUIET, **given)
+
+
+def test_another_precision_is_another_plan(swept):
+    with (
+        jax.enable_x64(False),
+        pytest.raises(OtherSweepError, match=r'precision was "float64", is "float32"'),
+    ):
+        sweep(made, ["full", "fixed=2"], [0, 4], GRID, directory=swept.directory, **QUIET)
+
+
+def test_a_job_that_loses_its_machine_is_queued_again_as_it_was(tmp_path):
+    with contextlib.suppress(ImportError):
+        cluster._submitit()  # whose import would configure logging anew
+    pytest.importorskip("submitit", exc_type=ImportError)
+    stop = Stop(tmp_path)
+    work = Work(
+        0, made, Point(), "full", 0, tmp_path / "r", stop, Process.this(), wide=True, training={}
+    )
+    assert work.checkpoint().function == work
 
 
 def test_a_failed_run_is_recorded_and_tried_again_later(tmp_path):

@@ -210,7 +210,7 @@ def run_sweep(
                 directory=directory.absolute() / plan.folder(point, policy, seed),
                 stop=Stop(directory.absolute()),
                 parent=Process.this(),
-                wide=bool(jax.config.read("jax_enable_x64")),
+                wide=_wide(),
                 training=training,
             )
             for place, (point, policy, seed) in enumerate(plan.runs())
@@ -227,6 +227,11 @@ def run_sweep(
         found = Sweep.read(directory, interrupted=told.said or teller.interrupted)
         found.save()
     return found
+
+
+def _wide() -> bool:
+    """Whether JAX computes in double precision by default."""
+    return bool(jax.config.read("jax_enable_x64"))
 
 
 def _make(works: list[Work], directory: Path, crew: Crew, told: Told, teller: "_Teller") -> None:
@@ -363,6 +368,7 @@ def _completed(plan: Plan, build: Build, training: Mapping[str, Any]) -> Plan:
     return dataclasses.replace(
         plan,
         policies=tuple(policy.text for policy in policies),
+        training={**plan.training, "precision": "float64" if _wide() else "float32"},
         name=task.name,
         metric_name=task.metric_name,
     )
