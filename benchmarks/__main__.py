@@ -1,4 +1,4 @@
-"""Command line: `python -m benchmarks NAME [--quick] [--json FILE]`."""
+"""Command line: `python -m benchmarks NAME [--quick] [--json FILE] [--device cpu]`."""
 
 import argparse
 import importlib
@@ -20,6 +20,7 @@ BENCHMARKS = {
     "bilevel_suite": "SOBA, AmIGO, stocBiO and nested solves on benchmark_bilevel's problems",
     "long_runs": "10,000 updates: memory, and what history and checkpoints cost",
     "torch_bridge": "a solve called from PyTorch against the same call in JAX",
+    "gpu": "on a GPU: a stencil's bandwidth, what refinement saves, time against the CPU",
     "published": "figures from the literature, reproduced",
 }
 
@@ -41,11 +42,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--cores",
         type=int,
         metavar="N",
-        help=f"cores to run on (default 1, and 2 for {', '.join(sorted(TWO_CORES))})",
+        help=f"cores to run on (default 1, 2 for {', '.join(sorted(TWO_CORES))}, all for gpu)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=["cpu"],
+        help="for gpu: run the same at a reduced size on the CPU, to see that it runs",
     )
     chosen = parser.parse_args(arguments)
+    if chosen.device is not None and chosen.name != "gpu":
+        parser.error("--device is for the benchmark gpu")
     if chosen.cores is None:
-        chosen.cores = 2 if chosen.name in TWO_CORES else 1
+        chosen.cores = _cores(chosen.name)
     elif chosen.cores < 1:
         parser.error(f"--cores must be at least 1, got {chosen.cores}")
     if chosen.name == "list":
@@ -57,6 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run_all(sys.argv[1:] if arguments is None else list(arguments), chosen.json)
     _pin(chosen.cores)
     return _run(chosen)
+
+
+def _cores(name: str) -> int:
+    if name == "gpu":  # its comparison is with all that the CPU has
+        return os.cpu_count() or 1
+    return 2 if name in TWO_CORES else 1
 
 
 def _run_all(arguments: list[str], json: Path | None) -> int:
@@ -90,8 +104,9 @@ def _run(chosen: argparse.Namespace) -> int:
     jax.config.update("jax_enable_x64", True)
     console = Console(width=None if sys.stdout.isatty() else 120)
     module = importlib.import_module(f"benchmarks.{chosen.name}")
-    benchmark: Callable[[bool], Report] = module.benchmark
-    report = benchmark(chosen.quick)
+    benchmark: Callable[..., Report] = module.benchmark
+    given = {} if chosen.device is None else {"device": chosen.device}
+    report = benchmark(chosen.quick, **given)
     report.show(console)
     if chosen.json is not None:
         report.save(chosen.json)

@@ -17,6 +17,7 @@ from .evaluation import Hypergradient as Hypergradient
 from .evaluation import hypergradient as hypergradient
 from .evaluation import truncation_error as truncation_error
 from .inner_solve import solve as solve
+from .mixed_precision import mixed_precision as mixed_precision
 from .operator import LinearOperator as LinearOperator
 from .outer.archive import NotKeptError as NotKeptError
 from .outer.archive import ResumeError as ResumeError
@@ -41,6 +42,9 @@ from .outer.processes.connection import connected_processes as connected_process
 from .outer.report.page import write_report as write_report
 from .outer.run import Run as Run
 from .outer.simultaneous import Simultaneous as Simultaneous
+from .outer.sweeps.result import Sweep as Sweep
+from .outer.sweeps.sweep import OtherSweepError as OtherSweepError
+from .outer.sweeps.sweep import sweep as sweep
 from .outer.task import Task as Task
 from .outer.tensorboard import TensorBoard as TensorBoard
 from .outer.warm_starts import WarmStart as WarmStart

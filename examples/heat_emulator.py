@@ -146,6 +146,7 @@ def task(
     samples: Batches = 200,
     epochs: Count | None = None,
     warm: bool = False,  # noqa: FBT001, FBT002
+    precision: Literal["single", "mixed"] = "single",
 ) -> bl.Task:
     """The emulator.
 
@@ -159,6 +160,8 @@ def task(
         epochs: passes over them, in place of those of the size.
         warm: whether the solves of a state, and their adjoints, start from those of the epoch
             before, in place of zero.
+        precision: "single", or "mixed" for a network that is evaluated in bfloat16 on the lower
+            half of the ladder, and in single precision above it.
 
     """
     if (dimensions, size) not in SETTINGS:
@@ -174,14 +177,22 @@ def task(
 
     starts, targets = emulation.train
 
+    def applied(network: Any, fields: Array, fidelity: bl.Fidelity) -> Array:
+        each = bl.mixed_precision(
+            lambda network, fields: jax.vmap(network)(fields),
+            fidelity["dtype"] if precision == "mixed" else fields.dtype,
+        )
+        return each(network, fields)
+
     def loss(network: Any, batch: Array, fidelity: bl.Fidelity) -> Array:
-        found = emulation.step(jax.vmap(network)(starts[batch]), fidelity)
+        found = emulation.step(applied(network, starts[batch], fidelity), fidelity)
         return jnp.mean((found - targets[batch]) ** 2)
 
     def warm_loss(
         network: Any, batch: Array, fidelity: bl.Fidelity, memory: bl.WarmStarts
     ) -> tuple[Array, bl.WarmStarts]:
-        found = emulation.step(jax.vmap(network)(starts[batch]), fidelity, memory.at(batch))
+        moved = applied(network, starts[batch], fidelity)
+        found = emulation.step(moved, fidelity, memory.at(batch))
         return jnp.mean((found - targets[batch]) ** 2), memory.stored(batch, found)
 
     def validate(network: Any) -> Array:
@@ -196,6 +207,12 @@ def task(
         for first in range(0, samples, BATCH):
             yield order[first : first + BATCH]
 
+    ladder = bl.Ladder.iterations(start=1, step=1, stop=setting.full)
+    if precision == "mixed":
+        half = setting.full // 2
+        kinds = ["bfloat16"] * half + [grid.dtype.name] * (setting.full - half)
+        ladder = ladder.with_static(dtype=kinds)
+
     return bl.Task(
         _network(network_key, grid, setting),
         warm_loss if warm else loss,
@@ -206,8 +223,8 @@ def task(
         metric_name="2-step nMSE",
         optimizer=optax.adam(optax.exponential_decay(1e-3, 100, 0.94)),
         epochs=setting.epochs,
-        ladder=bl.Ladder.iterations(start=1, step=1, stop=setting.full),
-        full=bl.Budget(iterations=setting.full),
+        ladder=ladder,
+        full=ladder.finest,
         refinement=REFINEMENT[dimensions],
         policies=("full", "prdp"),
     )

@@ -58,6 +58,7 @@ def same(printed: str, promised: str) -> None:
     [
         "custom.md",
         "tasks.md",
+        pytest.param("sweeps.md", marks=pytest.mark.slow),
         pytest.param("report.md", marks=pytest.mark.slow),
         "hyperparameters.md",
         pytest.param("pde.md", marks=pytest.mark.slow),

@@ -1,7 +1,7 @@
 """Guard: a user's function, watched for what would make its numbers or its derivative wrong."""
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -15,10 +15,9 @@ class Guarded:
     """A function of a user's, called with arrays of one space.
 
     It must not write into its arguments, which the solver goes on to use: NumPy's are passed
-    as read-only views, torch's versions are compared, the arrays of other libraries are
-    compared with copies at the first call. And it must not read a number out of a tensor: the
-    device would be waited for in every iteration, and the derivative through that number would
-    be missing without a word. That is looked for at the first call.
+    as read-only views, torch's versions are compared, and at the first call the arrays of torch
+    and of other libraries with copies. Of torch's functions the first call is watched, by
+    `bilevel_arrays.torch_watch`.
 
     **Arguments:**
 
@@ -60,13 +59,21 @@ class Guarded:
             return self._of_numpy(arguments)
         if not first:
             return self._function(*arguments)
-        leaves = [leaf for leaf in jax.tree.leaves(arguments) if compat.is_array_api_obj(leaf)]
-        copies = [self._space.xp.asarray(leaf, copy=True) for leaf in leaves]
-        outcome = self._function(*arguments)
+        return self._compared(arguments, nullcontext())
+
+    def _compared(self, arguments: tuple[Any, ...], watch: AbstractContextManager[Any]) -> Any:
+        leaves = [leaf for leaf in jax.tree.leaves(arguments) if _holds_numbers(leaf)]
+        copies = [self._copy(leaf) for leaf in leaves]
+        with watch:
+            outcome = self._function(*arguments)
         for leaf, copy in zip(leaves, copies, strict=True):
             if not bool(self._space.xp.all((leaf == copy) | (leaf != leaf))):  # noqa: PLR0124, NaN
                 raise ValueError(self._written())
         return outcome
+
+    def _copy(self, leaf: Any) -> Any:
+        leaf = leaf.detach() if self._space.is_torch else leaf
+        return self._space.xp.asarray(leaf, copy=True)
 
     def _of_numpy(self, arguments: tuple[Any, ...]) -> Any:
         try:
@@ -81,8 +88,11 @@ class Guarded:
         tensors = [leaf for leaf in jax.tree.leaves(arguments) if isinstance(leaf, torch.Tensor)]
         before = [tensor._version for tensor in tensors]  # noqa: SLF001
         if first:
-            with _watch(torch, self._what):
-                outcome = self._function(*arguments)
+            from bilevel_arrays.torch_watch import watched  # noqa: PLC0415, needs torch
+
+            watch = watched(self._what, self._written(), tensors)
+            with on_one_device(self._what, self._space):
+                outcome = self._compared(arguments, watch)
         else:
             outcome = self._function(*arguments)
         if [tensor._version for tensor in tensors] != before:  # noqa: SLF001
@@ -96,6 +106,24 @@ class Guarded:
         )
 
 
+@contextmanager
+def on_one_device(what: str, space: Space) -> Generator[None]:
+    """Say what is wrong where torch meets tensors on two devices.
+
+    **Raises:** `TypeError`.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "expected device" in str(error) or "same device" in str(error):
+            msg = (
+                f"{what}: its tensors are on two devices ({error}). x0 and theta are on "
+                f"{space.device}: have what it captured there, too."
+            )
+            raise TypeError(msg) from error
+        raise
+
+
 def _read_only(leaf: Any) -> Any:
     if not isinstance(leaf, np.ndarray):
         return leaf
@@ -104,29 +132,9 @@ def _read_only(leaf: Any) -> Any:
     return view
 
 
-def _watch(torch: Any, what: str) -> Any:
-    """A mode of torch that refuses to read a number out of a tensor."""
-    return _mode(torch)(what)
-
-
-@functools.cache
-def _mode(torch: Any) -> Any:
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):  # noqa: SLF001
-        def __init__(self, what: str):
-            super().__init__()
-            self.what = what
-
-        def __torch_dispatch__(
-            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            if function is torch.ops.aten._local_scalar_dense.default:  # noqa: SLF001
-                msg = (
-                    f"{self.what} reads a number out of a tensor (.item(), float(), bool(), or an "
-                    "if on a tensor). It would wait for the device in every iteration, and no "
-                    "derivative goes through that number. Use tensor operations such as "
-                    "torch.where, or give the number as a Python float."
-                )
-                raise TypeError(msg)
-            return function(*args, **(kwargs or {}))
-
-    return Watch
+def _holds_numbers(leaf: Any) -> bool:
+    """Whether it is a dense array with memory: others cannot be written into element by element."""
+    if not compat.is_array_api_obj(leaf):
+        return False
+    dense = str(getattr(leaf, "layout", "torch.strided")) == "torch.strided"
+    return dense and not getattr(leaf, "is_meta", False)

@@ -67,6 +67,8 @@ def is_symmetric(matrix: Any, space: Space) -> bool | None:
     """Whether a constant matrix is symmetric; `None` for what is no square one, and for NaN."""
     if not _is_matrix(matrix) or matrix.shape[0] != matrix.shape[1]:
         return None
+    _check_library("LinearSystem", matrix, space)
+    matrix = matrix.detach() if space.is_torch else matrix
     transposed = _transposed(matrix, space)
     if _is_scipy(matrix):
         largest, difference = abs(matrix).max(), abs(matrix - transposed).max()

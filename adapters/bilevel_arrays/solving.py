@@ -137,6 +137,7 @@ def hypergradient(
             f"{tuple(value.shape)}. Take the mean or the sum."
         )
         raise TypeError(msg)
+    _check_value(value, space)
     of_x, of_theta = _outer_derivatives(setting, outer_loss, outer_gradient, x)
     adjoint, indirect = setting.pulled(primal, of_x)
     if not any(
@@ -244,6 +245,14 @@ def _arranged(
     _check_theta(theta, space)
     if adjoint_guess is not None:
         space.require_like("adjoint_guess", adjoint_guess)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(adjoint_guess):
+            if requires(leaf):
+                msg = (
+                    f"adjoint_guess{jax.tree_util.keystr(path)} requires grad, and a guess is not "
+                    "differentiated, so that its gradient would be missing without a word. Pass "
+                    ".detach()."
+                )
+                raise ValueError(msg)
     with _quiet(space):
         bound = problem.at(theta, space)
     chosen = solver is not None
@@ -279,7 +288,10 @@ def _check_theta(theta: PyTree, space: Space) -> None:
         if compat.device(leaf) != space.device:
             msg = f"{where} is on {compat.device(leaf)} and x0 on {space.device}. Move one of them."
             raise TypeError(msg)
-        if namespace.isdtype(leaf.dtype, "real floating") and leaf.dtype != space.dtype:
+        real = leaf.dtype
+        if namespace.isdtype(leaf.dtype, "complex floating"):
+            real = namespace.real(leaf[..., :0]).dtype
+        if namespace.isdtype(real, "real floating") and real != space.dtype:
             msg = f"{where} is of {leaf.dtype} and x0 of {space.dtype}. Convert one of them."
             raise TypeError(msg)
 
@@ -307,6 +319,19 @@ def _outer_derivatives(
     pullback = by_torch("outer_loss(x, theta)", outer_loss, x, theta, space)
     one = torch.ones((), dtype=space.dtype, device=space.device)
     return pullback.of_x(one), pullback.of_theta(one)
+
+
+def _check_value(value: Any, space: Space) -> None:
+    """**Raises:** `TypeError` for a loss of another device or precision than x0."""
+    dtype = getattr(value, "dtype", space.dtype)
+    if dtype != space.dtype:
+        msg = f"outer_loss(x, theta) is of {dtype} and x0 of {space.dtype}. Compute both in one."
+        raise TypeError(msg)
+    if compat.is_array_api_obj(value) and not isinstance(value, np.generic):
+        device = compat.device(value)
+        if device != space.device:
+            msg = f"outer_loss(x, theta) is on {device} and x0 on {space.device}. Move one of them."
+            raise TypeError(msg)
 
 
 def _is_none(leaf: Any) -> bool:

@@ -187,6 +187,12 @@ class Space:
                     "as x0 has. Give x0, theta and the data one dtype, and check the shapes."
                 )
                 raise TypeError(msg)
+            if compat.is_array_api_obj(value) and compat.device(value) != self.device:
+                msg = (
+                    f"{what} at x{jax.tree_util.keystr(path)} is on {compat.device(value)}, and x0 "
+                    f"on {self.device}. Have all data of the problem on one device."
+                )
+                raise TypeError(msg)
         return outcome
 
 

@@ -7,6 +7,7 @@ import jax
 
 from bilevel.solution import Solution
 from bilevel_arrays.adjoint import trusted
+from bilevel_arrays.guard import on_one_device
 from bilevel_arrays.library import load
 from bilevel_arrays.pullback import requires
 from bilevel_arrays.solving import Setting
@@ -25,7 +26,10 @@ def attached(setting: Setting) -> Solution:
         treedef, [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     )
     setting = dataclasses.replace(setting, theta=still)
-    outcome = setting.problem.evaluated(still, setting.x0, setting.space)
+    # Of copies: nothing has said yet that the functions do not write into them.
+    theta, x0 = jax.tree.map(_copy, (still, setting.x0))
+    with on_one_device(type(setting.problem).__name__, setting.space):
+        outcome = setting.problem.evaluated(theta, x0, setting.space)
     if any(map(requires, jax.tree.leaves(outcome))):
         msg = (
             f"{type(setting.problem).__name__}: it captured a tensor that requires grad, such as "
@@ -40,6 +44,10 @@ def attached(setting: Setting) -> Solution:
     outputs = _Node.apply(setting, solved, *leaves)
     structure = jax.tree.structure(setting.x0)
     return dataclasses.replace(solved[0], value=jax.tree.unflatten(structure, list(outputs)))
+
+
+def _copy(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
 
 
 class _Node(torch.autograd.Function):

@@ -65,6 +65,7 @@ class SparseDirect(Direct):
     (13.0, [5.0, 1.0])
     """
 
+    on_host: ClassVar[bool] = True
     instead: ClassVar[str] = "bl.Newton(linear=SparseDirect()) with a Jacobian of this adapter"
 
     @staticmethod

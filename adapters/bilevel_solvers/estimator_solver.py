@@ -28,6 +28,7 @@ class SklearnEstimator(BlackBox):
     """A fit of a scikit-learn estimator; made by [`sklearn`][]."""
 
     conditioned: ClassVar[bool] = True
+    on_host: ClassVar[bool] = True
 
     estimator: Any = eqx.field(static=True)
     data: _Data = eqx.field(static=True)

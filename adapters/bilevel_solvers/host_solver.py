@@ -83,6 +83,7 @@ class Host(BlackBox):
 
     linear_adjoint: ClassVar[bool] = False
     conditioned: ClassVar[bool] = True
+    on_host: ClassVar[bool] = True
 
     function: Callable[..., Any] = eqx.field(static=True)
 

@@ -43,6 +43,7 @@ class ScipyMinimize(BlackBox):
 
     requires: ClassVar[frozenset[str]] = frozenset({"objective"})
     conditioned: ClassVar[bool] = True
+    on_host: ClassVar[bool] = True
 
     method: str = eqx.field(static=True)
     options: tuple[tuple[str, Any], ...] = eqx.field(static=True, default=())

@@ -32,6 +32,7 @@ class PyAMG(BlackBox):
 
     requires: ClassVar[frozenset[str]] = frozenset({"operator"})
     linear_adjoint: ClassVar[bool] = True
+    on_host: ClassVar[bool] = True
 
     build: Any = eqx.field(static=True)
     cycle: str = eqx.field(static=True, default="V")

@@ -37,6 +37,7 @@ class ScipyRoot(BlackBox):
     """A root finder of SciPy; made by [`scipy_root`][]."""
 
     conditioned: ClassVar[bool] = True
+    on_host: ClassVar[bool] = True
 
     method: str = eqx.field(static=True)
     options: tuple[tuple[str, Any], ...] = eqx.field(static=True, default=())

@@ -37,6 +37,7 @@ class ScipyKrylov(BlackBox):
     """
 
     linear_adjoint: ClassVar[bool] = True
+    on_host: ClassVar[bool] = True
 
     method: str = eqx.field(static=True)
     approximate: Callable[[Any], Any] | None = eqx.field(static=True, default=None)
@@ -145,6 +146,7 @@ class ScipyDirect(ForeignSolver, Direct):
     As with `bl.Direct`, an iteration solves and adds the correction.
     """
 
+    on_host: ClassVar[bool] = True
     method: str = eqx.field(static=True, default="splu")
     options: tuple[tuple[str, Any], ...] = eqx.field(static=True, default=())
 

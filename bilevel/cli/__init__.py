@@ -1,4 +1,4 @@
-"""The command line `bilevel`: run, compare, plot, info."""
+"""The command line `bilevel`: run, compare, sweep, plot, report, info."""
 
 from bilevel.cli.command import main
 

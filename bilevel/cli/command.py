@@ -57,6 +57,10 @@ def _train(options: argparse.Namespace, words: list[str]) -> int:
             from bilevel.cli.run import run
 
             return run(options, words)
+        if options.command == "sweep":
+            from bilevel.cli.sweep import sweep
+
+            return sweep(options, words)
         from bilevel.cli.compare import compare
 
         return compare(options, words)
@@ -75,7 +79,7 @@ def _main(words: list[str]) -> int:
     except SystemExit as leave:  # argparse has printed its help
         return int(leave.code or DONE)
     # Each command imports what it needs: help and errors come at once.
-    if options.command in ("run", "compare"):
+    if options.command in ("run", "compare", "sweep"):
         return _train(options, words)
     if options.command == "plot":
         from bilevel.cli.plot import plot

@@ -1,10 +1,7 @@
 """`bilevel compare`: train a task under several policies."""
 
 import argparse
-import os
-import shlex
 from collections.abc import Sequence
-from pathlib import Path
 
 from bilevel.cli.configuration import configure
 from bilevel.cli.failure import DONE, UsageError
@@ -12,6 +9,7 @@ from bilevel.cli.output import put, say
 from bilevel.cli.signals import leaving_on_signals
 from bilevel.cli.training import (
     KeepConfiguration,
+    as_typed,
     check_trainable,
     console,
     directory_for,
@@ -70,7 +68,7 @@ def compare(options: argparse.Namespace, words: Sequence[str]) -> int:
             max_nonfinite=options.max_nonfinite,
             progress=not options.quiet,
             overwrite=options.overwrite,
-            command=_written(words),
+            command=as_typed(words),
             callbacks=[KeepConfiguration(directory, options, configuration, file)],
         )
     out = console()
@@ -96,9 +94,3 @@ def compare(options: argparse.Namespace, words: Sequence[str]) -> int:
         say(f"interrupted{kept}")
         return leaving.code
     return DONE
-
-
-def _written(words: Sequence[str]) -> str:
-    """The command as one would type it here: paths from the working directory on."""
-    here = f"{Path.cwd()}{os.sep}"
-    return shlex.join(["bilevel", *(word.removeprefix(here) for word in words)])

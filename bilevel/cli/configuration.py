@@ -36,7 +36,7 @@ def _different(seeds: list[int]) -> list[int]:
 
 
 class Configuration(Settings):
-    """What both commands have.
+    """What these commands have.
 
     - `task`: arguments of the task's function. The task itself is what the command names:
         nothing here can name code.
@@ -82,13 +82,34 @@ class CompareConfiguration(Configuration):
     margin: Annotated[Real, Field(ge=0)] = 0.02
 
 
-MODELS: dict[str, type[RunConfiguration] | type[CompareConfiguration]] = {
+class SweepConfiguration(CompareConfiguration):
+    """Of `bilevel sweep`.
+
+    - `grid`: by argument of the task's function, the values that are tried; `task` has those that
+        are the same in every run.
+    - `workers`, `backend`, `address`, `slurm`: who makes the runs, as `bl.sweep` has them.
+    """
+
+    grid: dict[Name, Annotated[list[Value], Field(min_length=1)]] = Field(default_factory=dict)
+    checkpoints: Checkpoints = Checkpoints()
+    workers: Count | None = None
+    backend: Name | None = None
+    address: Name | None = None
+    slurm: dict[Name, Scalar] = Field(default_factory=dict)
+
+
+AnyConfiguration = RunConfiguration | CompareConfiguration | SweepConfiguration
+
+MODELS: dict[
+    str, type[RunConfiguration] | type[CompareConfiguration] | type[SweepConfiguration]
+] = {
     "run": RunConfiguration,
     "compare": CompareConfiguration,
+    "sweep": SweepConfiguration,
 }
 
 
-def configure(options: argparse.Namespace) -> RunConfiguration | CompareConfiguration:
+def configure(options: argparse.Namespace) -> AnyConfiguration:
     """The effective configuration of a command, which is put into its options, too.
 
     What stands later overrides: the file, options of the command line, `KEY=VALUE` words.
@@ -102,7 +123,10 @@ def configure(options: argparse.Namespace) -> RunConfiguration | CompareConfigur
     for key, value in _flags(options).items():
         _put(written, key.split("."), value)
     for name, value in options.settings:
-        _put(written, ["task", name], _Written(value))
+        _set(written, name, value, several=options.command == "sweep")
+    for name, value in getattr(options, "slurm_parameters", ()):
+        given = _value(value)
+        _put(written, ["slurm", name], str(given) if isinstance(given, _Written) else given)
     for word in options.words:
         key, _, value = word.partition("=")
         path = key.split(".")
@@ -114,9 +138,52 @@ def configure(options: argparse.Namespace) -> RunConfiguration | CompareConfigur
         _checked(model, given, word)
         _put(written, path, _value(value))
     task = written.get("task", {})
-    found = model(**_tupled({**written, "task": {name: str(task[name]) for name in task}}))
+    grid: dict[str, list[Any]] = written.get("grid", {})
+    worded: dict[str, Any] = {"task": {name: str(task[name]) for name in task}}
+    if grid:
+        worded["grid"] = {name: list(map(str, values)) for name, values in grid.items()}
+    found = model(**_tupled({**written, **worded}))
     _apply(options, found, task)
+    options.grid = {name: [_setting(value) for value in values] for name, values in grid.items()}
+    twice = next((name for name in grid if name in task), None)
+    if twice is not None:
+        msg = f"{twice} is both in grid, to be varied, and in task, to be one value; take one away."
+        raise UsageError(msg)
     return found
+
+
+def _set(written: dict[str, Any], name: str, value: str, *, several: bool) -> None:
+    """Note what `--set` says; of a sweep, it may be several values with commas between them."""
+    values = split(value) if several else [value]
+    if len(values) > 1:
+        _put(written, ["grid", name], [_Written(part) for part in values])
+        written.get("task", {}).pop(name, None)
+    else:
+        _put(written, ["task", name], _Written(value))
+        written.get("grid", {}).pop(name, None)
+
+
+def split(written: str) -> list[str]:
+    """Values with commas between them; not those within brackets or quotes.
+
+    >>> split("(3,4),(5,6)"), split("adam"), split('"a,b"')
+    (['(3,4)', '(5,6)'], ['adam'], ['"a,b"'])
+    """
+    parts, depth, quote = [""], 0, ""
+    for letter in written:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "\"'":
+            quote = letter
+        elif letter in "([{":
+            depth += 1
+        elif letter in ")]}":
+            depth -= 1
+        elif letter == "," and depth == 0:
+            parts.append("")
+            continue
+        parts[-1] += letter
+    return [part.strip() for part in parts]
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -294,21 +361,21 @@ _OPTIONS = {
     "seeds": "seeds",
     "target": "target",
     "margin": "margin",
+    "workers": "workers",
+    "backend": "backend",
+    "address": "address",
 }
 
 
 def _apply(
     options: argparse.Namespace,
-    found: RunConfiguration | CompareConfiguration,
+    found: AnyConfiguration,
     task: Mapping[str, Any],
 ) -> None:
     options.epochs, options.max_nonfinite = found.epochs, found.max_nonfinite
     options.x64 = found.precision == "float64"
     options.float32 = found.precision == "float32"
-    options.settings = [
-        (name, str(value) if isinstance(value, _Written) else Given(value))
-        for name, value in task.items()
-    ]
+    options.settings = [(name, _setting(value)) for name, value in task.items()]
     if isinstance(found, RunConfiguration):
         options.policy, options.seed = found.policy, found.seed
         options.checkpoints = found.checkpoints
@@ -319,6 +386,15 @@ def _apply(
         options.policies = None if found.policies is None else ",".join(found.policies)
         options.seeds = tuple(found.seeds)
         options.target, options.margin = found.target, found.margin
+    if isinstance(found, SweepConfiguration):
+        options.checkpoints = found.checkpoints
+        options.workers, options.backend = found.workers, found.backend
+        options.address, options.slurm = found.address, dict(found.slurm)
+
+
+def _setting(value: Any) -> str | Given:
+    """As it was typed, or with the type that it has in a configuration."""
+    return str(value) if isinstance(value, _Written) else Given(value)
 
 
 def located(message: str, options: argparse.Namespace) -> str:

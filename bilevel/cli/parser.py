@@ -31,12 +31,25 @@ _FILE = """the file:
 
 _MOST_SEEDS = 10_000
 
-_CONFIGURED = ("run", "compare")
+_CONFIGURED = ("run", "compare", "sweep")
 _WORD = re.compile(r"^[A-Za-z_][\w.]*=")
 _KEYS = """configuration:
   KEY=VALUE words, such as task.width=64 or checkpoints.seconds=600, and --config FILE in TOML
   or YAML have the keys that `bilevel schema COMMAND` tells; words come before options, and
   options before the file; --set NAME=VALUE is task.NAME=VALUE
+"""
+
+
+_SETTINGS = """settings:
+  --set NAME=VALUE,VALUE,... tries each of the values (commas within brackets or quotes do not
+  count), and all combinations where it is given for several names; grid.NAME=[VALUE, ...] is the
+  same among the words. The same command with the same --directory goes on with what was
+  interrupted: runs that ended are kept, those begun go on from their checkpoints
+"""
+
+_CODES = """exit codes:
+  0 all runs came to their ends, 1 some failed (see the table and runs.csv), 2 misused, 130
+  interrupted by Ctrl-C, 143 by SIGTERM, 138 by SIGUSR1
 """
 
 
@@ -123,33 +136,27 @@ def _parsers() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
         commands, "compare", "train a task under several policies", f"{_FILE}\n{_KEYS}\n{_POLICIES}"
     )
     _add_task(compare)
-    compare.add_argument(
-        "--policies",
-        metavar="P,P,...",
-        help="what to compare (what the task recommends, else full and run's policy)",
-    )
-    compare.add_argument(
-        "--seeds",
-        type=_seeds,
-        metavar="N",
-        help="how many seeds, from 0; or a list with commas in it, such as 1,2,25 (1)",
-    )
-    compare.add_argument(
-        "--target",
-        type=_real,
-        metavar="X",
-        help="metric that policies are timed to (the final one of full)",
-    )
-    compare.add_argument(
-        "--margin",
-        type=_share,
-        metavar="X",
-        help="part of full's final metric by which another may miss it (0.02)",
-    )
+    _add_comparison(compare)
     _add_output(compare)
 
-    plot = _command(commands, "plot", "draw a run or a comparison", None)
-    plot.add_argument("run", type=_path, metavar="RUN", help="directory of a run or comparison")
+    sweep = _command(
+        commands,
+        "sweep",
+        "train a task under every choice of settings, policy and seed",
+        f"{_SETTINGS}\n{_FILE}\n{_KEYS}\n{_POLICIES}\n{_CODES}",
+    )
+    _add_task(sweep)
+    _add_comparison(sweep)
+    _add_workers(sweep)
+    sweep.add_argument(
+        "--directory", type=_path, metavar="DIR", help="where to keep it (a new one in runs/)"
+    )
+    _add_reports(sweep)
+
+    plot = _command(commands, "plot", "draw a run, a comparison or a sweep", None)
+    plot.add_argument(
+        "run", type=_path, metavar="RUN", help="directory of a run, comparison or sweep"
+    )
     plot.add_argument(
         "--output", type=_path, metavar="FILE", help="picture to write (a PNG in the directory)"
     )
@@ -166,7 +173,7 @@ def _parsers() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
         nargs="+",
         type=_path,
         metavar="RUN",
-        help="directory of a run or comparison, or its comparison.json or history.jsonl",
+        help="directory of a run, comparison or sweep, or its comparison.json or history.jsonl",
     )
     report.add_argument(
         "--output", type=_path, metavar="FILE", help="page to write (report.html in the first RUN)"
@@ -174,7 +181,7 @@ def _parsers() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
     report.add_argument("--text", action="store_true", help="print the findings, write no page")
 
     schema = _command(commands, "schema", "the JSON schema of a command's configuration", None)
-    schema.add_argument("of", choices=("run", "compare"), metavar="COMMAND", help="run or compare")
+    schema.add_argument("of", choices=_CONFIGURED, metavar="COMMAND", help="run, compare or sweep")
 
     info = _command(commands, "info", "versions, devices, adapters, and what is missing", None)
     info.add_argument("--json", action="store_true", help="print JSON")
@@ -271,12 +278,72 @@ def _add_processes(parser: Parser) -> None:
     )
 
 
+def _add_comparison(parser: Parser) -> None:
+    parser.add_argument(
+        "--policies",
+        metavar="P,P,...",
+        help="what to compare (what the task recommends, else full and run's policy)",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=_seeds,
+        metavar="N",
+        help="how many seeds, from 0; or a list with commas in it, such as 1,2,25 (1)",
+    )
+    parser.add_argument(
+        "--target",
+        type=_real,
+        metavar="X",
+        help="metric that policies are timed to (the final one of full)",
+    )
+    parser.add_argument(
+        "--margin",
+        type=_share,
+        metavar="X",
+        help="part of full's final metric by which another may miss it (0.02)",
+    )
+
+
+def _add_workers(parser: Parser) -> None:
+    parser.add_argument(
+        "--workers",
+        type=_whole,
+        metavar="N",
+        help="runs at a time (as many as cores; 1 where JAX has an accelerator)",
+    )
+    parser.add_argument(
+        "--backend",
+        metavar="NAME",
+        help="of joblib, such as dask or ray; or slurm (processes on this machine)",
+    )
+    parser.add_argument("--address", metavar="URL", help="of the cluster, for dask and ray")
+    parser.add_argument(
+        "--slurm",
+        action="append",
+        type=_assignment,
+        default=[],
+        metavar="NAME=VALUE",
+        dest="slurm_parameters",
+        help="a parameter of submitit, such as timeout_min=600 or slurm_partition=gpu",
+    )
+    parser.add_argument(
+        "--checkpoint-seconds",
+        type=_share,
+        metavar="S",
+        help="between two checkpoints of a run (60)",
+    )
+
+
 def _add_output(parser: Parser) -> None:
     kept = parser.add_mutually_exclusive_group()
     kept.add_argument(
         "--directory", type=_path, metavar="DIR", help="where to keep it (a new one in runs/)"
     )
     kept.add_argument("--discard", action="store_true", help="keep nothing")
+    _add_reports(parser)
+
+
+def _add_reports(parser: Parser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what --directory holds")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")

@@ -1,4 +1,4 @@
-"""`bilevel plot`: draw a run or a comparison."""
+"""`bilevel plot`: draw a run, a comparison or a sweep."""
 
 import argparse
 from pathlib import Path
@@ -8,6 +8,7 @@ from bilevel.cli.output import put, say
 from bilevel.outer.comparison import COMPARISON_FILE, Comparison
 from bilevel.outer.plotting import MissingPlotsError, plot_runs
 from bilevel.outer.run import SUMMARY_FILE, Run
+from bilevel.outer.sweeps.plan import PLAN_FILE, Plan
 
 _FORMATS = (".png", ".pdf", ".svg")
 
@@ -25,6 +26,29 @@ def plot(options: argparse.Namespace) -> int:
     if not directory.is_dir():
         msg = f"there is no directory {directory}."
         raise UsageError(msg)
+    if (directory / PLAN_FILE).is_file() and not (directory / COMPARISON_FILE).is_file():
+        return _plot_sweep(directory, output)
+    return _plot(directory, output)
+
+
+def _plot_sweep(directory: Path, output: Path | None) -> int:
+    """A picture beside each comparison of a sweep: its settings are not policies of one."""
+    try:
+        plan = Plan.read(directory)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    folders = [directory / point.folder for point in plan.points]
+    drawn = [folder for folder in folders if (folder / COMPARISON_FILE).is_file()]
+    if not drawn:
+        msg = f"{directory} holds a sweep of which no comparison is whole yet; go on with it first."
+        raise UsageError(msg)
+    if output is not None:
+        msg = f"--output: a sweep has a picture a comparison; name one of them, such as {drawn[0]}."
+        raise UsageError(msg)
+    return max(_plot(folder, None) for folder in drawn)
+
+
+def _plot(directory: Path, output: Path | None) -> int:
     try:
         if (directory / COMPARISON_FILE).is_file():
             comparison = Comparison.read(directory)

@@ -66,6 +66,7 @@ class TaskFile:
     - `epochs`: of the command, handed to a function that takes such an argument and was given
         none: a learning rate that falls until the last epoch has to know which that is.
     - `traceback`: whether what the file raises is shown with its whole traceback.
+    - `shows`: whether it is shown at all; else it is raised as it is.
 
     **Raises:** `UsageError` for a missing file, one that is no Python or imports what is
     not there, a file without the task, or an argument that the function does not take;
@@ -79,9 +80,10 @@ class TaskFile:
         *,
         epochs: int | None = None,
         traceback: bool = False,
+        shows: bool = True,
     ):
         self.file, name = _split(target)
-        self._traceback = traceback
+        self._traceback, self._shows = traceback, shows
         with self.guard():
             module = self._load()
         self._name = name or _only_name(module, self.file)
@@ -91,9 +93,21 @@ class TaskFile:
         self._arguments = _arguments(self._found, self._name, settings)
 
     @property
+    def target(self) -> str:
+        """File and name, from the root on: the same task for a process anywhere on the machine."""
+        return f"{self.file.resolve()}:{self._name}"
+
+    @property
     def seeded(self) -> bool:
         """Whether the task's function takes a seed: otherwise every run of it is the same."""
         return self._takes("seed")
+
+    def typed(self, name: str, written: str | Given) -> Any:
+        """A value for an argument of the task's function, in the type that it asks for.
+
+        **Raises:** `UsageError` for an argument that it does not take, or another type.
+        """
+        return _argument(self._found, self._name, name, written)
 
     def _takes(self, argument: str) -> bool:
         if isinstance(self._found, Task):
@@ -138,6 +152,8 @@ class TaskFile:
         except _OURS:
             raise
         except (Exception, SystemExit) as error:
+            if not self._shows:
+                raise
             if speaks(error):
                 show_traceback(error, self.file, whole=self._traceback)
             raise TaskError from error
@@ -148,12 +164,12 @@ class TaskFile:
         except (SyntaxError, ImportError) as error:
             # Nothing of the file has gone wrong yet: it is the wrong file, or the wrong
             # environment, and the line says all that a traceback would.
-            if self._traceback:
+            if self._traceback or not self._shows:
                 raise
             raise UsageError(in_one_line(error, self.file)) from error
         except (Exception, SystemExit) as error:
             # Mere lines of a file, not yet a task of it: the line says which.
-            if self._traceback:
+            if self._traceback or not self._shows:
                 raise
             if speaks(error):
                 say_in_one_line(error, self.file)
@@ -261,37 +277,43 @@ def _arguments(found: Any, name: str, settings: Sequence[Setting]) -> dict[str, 
             )
             raise UsageError(msg)
         return {}
-    parameters = {
-        parameter.name: parameter
-        for parameter in inspect.signature(found).parameters.values()
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    }
-    arguments: dict[str, Any] = {}
-    for setting, written in settings:
-        if setting not in parameters:
-            msg = f"{name} has no argument {setting!r}{did_you_mean(setting, parameters)}"
-            raise UsageError(msg)
-        kind = _type_of(found, parameters[setting])
-        if isinstance(written, Given):
-            arguments[setting] = _fitting(written.value, kind, setting)
-        else:
-            arguments[setting] = _typed(written, kind, setting)
-        # A NaN trains for hours to nothing; a default that is one says that it is meant.
-        if _all_finite(parameters[setting].default) and not _all_finite(arguments[setting]):
-            shown = (
-                f"task.{setting}" if isinstance(written, Given) else f"--set {setting}={written}"
-            )
-            msg = f"{shown}: {setting} should be finite."
-            raise UsageError(msg)
+    arguments = {setting: _argument(found, name, setting, written) for setting, written in settings}
     missing = [
         parameter.name
-        for parameter in parameters.values()
+        for parameter in _parameters(found).values()
         if parameter.default is parameter.empty and parameter.name not in {*arguments, "seed"}
     ]
     if missing:
         msg = f"{name} needs {', '.join(missing)}: give --set {missing[0]}=VALUE."
         raise UsageError(msg)
     return arguments
+
+
+def _parameters(found: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    return {
+        parameter.name: parameter
+        for parameter in inspect.signature(found).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+
+
+def _argument(found: Any, name: str, setting: str, written: str | Given) -> Any:
+    """One argument of a task's function, in the type that it asks for."""
+    parameters = _parameters(found)
+    if setting not in parameters:
+        msg = f"{name} has no argument {setting!r}{did_you_mean(setting, parameters)}"
+        raise UsageError(msg)
+    kind = _type_of(found, parameters[setting])
+    if isinstance(written, Given):
+        argument = _fitting(written.value, kind, setting)
+    else:
+        argument = _typed(written, kind, setting)
+    # A NaN trains for hours to nothing; a default that is one says that it is meant.
+    if _all_finite(parameters[setting].default) and not _all_finite(argument):
+        shown = f"task.{setting}" if isinstance(written, Given) else f"--set {setting}={written}"
+        msg = f"{shown}: {setting} should be finite."
+        raise UsageError(msg)
+    return argument
 
 
 def _all_finite(value: Any) -> bool:

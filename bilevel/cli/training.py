@@ -1,7 +1,9 @@
-"""What `run` and `compare` have in common: precision, directories, reports."""
+"""What `run`, `compare` and `sweep` have in common: precision, directories, reports."""
 
 import argparse
 import json
+import os
+import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,6 +96,12 @@ def make_directory(directory: Path | None) -> None:
             pass
     except OSError as error:
         raise UsageError(_unwritable(directory, error)) from error
+
+
+def as_typed(words: Sequence[str]) -> str:
+    """A command as one would type it here: paths from the working directory on."""
+    here = f"{Path.cwd()}{os.sep}"
+    return shlex.join(["bilevel", *(word.removeprefix(here) for word in words)])
 
 
 class KeepConfiguration(Callback):

@@ -78,6 +78,8 @@ class InnerSolver(eqx.Module):
     - `black_box`: a step is a whole run of somebody else's code, towards `problem.target` and
         of at most `problem.cap` iterations, which `done` counts. No derivative goes through it.
     - `linear_adjoint`: it can solve the linear systems of an adjoint.
+    - `on_host`: its numbers go to the host and back in every step, also from an accelerator.
+        Without it nothing leaves the device, which the project's own tests look at.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()
@@ -89,6 +91,7 @@ class InnerSolver(eqx.Module):
     adaptive: ClassVar[bool] = False
     black_box: ClassVar[bool] = False
     linear_adjoint: ClassVar[bool] = False
+    on_host: ClassVar[bool] = False
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         """Refuse an argument that there is not, and name the one that was meant."""

@@ -290,7 +290,7 @@ TASKS = SEVERAL + "first = t.Task(1.0, loss)\nsecond = t.Task(1.0, loss)\nnumber
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "which command? There is run, compare, plot, report, schema, info"),
+        ([], "which command? There is run, compare, sweep, plot, report, schema, info"),
         (["rnu"], "there is no command 'rnu'; did you mean run?"),
         (["--verbose"], "there is no option --verbose; did you mean --version?"),
         (["run"], "required: FILE.py[:NAME]"),

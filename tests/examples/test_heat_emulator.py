@@ -83,6 +83,24 @@ def test_it_trains_under_one_compilation(heat, policy):
     assert run.history[-1].metric < 0.97 * run.history[0].metric
 
 
+def test_its_network_is_in_bfloat16_on_the_lower_half_of_the_ladder(heat):
+    task = heat.task(1, points=8, width=4, samples=25, epochs=4, precision="mixed")
+    kinds = [fidelity["dtype"] for fidelity in task.ladder]
+    assert kinds == ["bfloat16"] * 12 + ["float64"] * 13  # what the tests compute in
+    batch = next(task.epoch_batches(1, jax.random.key))
+    budget = bl.Budget(25)
+    fidelities = [
+        bl.Fidelity(budget, budget, static={"dtype": dtype}) for dtype in ("bfloat16", "float64")
+    ]
+    coarse, fine = (float(task.loss(task.parameters, batch, each)) for each in fidelities)
+    assert coarse != fine
+    assert coarse == pytest.approx(fine, rel=0.02)
+    controller = bl.ScheduledFidelity(task.ladder, lambda updates: 8 * updates)
+    run = bl.optimize(task, controller=controller, progress=False)
+    assert run.summary.compilations == 2
+    assert all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(run.theta))
+
+
 def test_what_is_no_size_is_refused(heat):
     with pytest.raises(ValueError, match="dimensions is 1, 2 or 3 and size is paper or small"):
         heat.task(4)

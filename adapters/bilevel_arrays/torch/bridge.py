@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 
 from bilevel_arrays.torch.exchange import (
-    as_array,
+    as_input,
     as_tensor,
     double_precision,
     in_precision,
@@ -40,13 +40,15 @@ class Call:
         """The inputs, the tensors handed over."""
         merged = list(self.inputs)
         for place, tensor in zip(self.places, tensors, strict=True):
-            merged[place] = as_array(tensor)
+            merged[place] = as_input(tensor)
         return merged
 
     def rebuilt(self, tensors: tuple[Any, ...]) -> Any:
         """What the function returned, with these tensors in it."""
         assert self.outcome is not None
         smooth, discrete, told = self.outcome
+        if len(tensors) == 1 and not jax.tree.leaves((discrete, told)):
+            return jax.tree.unflatten(jax.tree.structure(smooth), tensors)
         remaining = iter(tensors)
         parts = [jax.tree.map(lambda _: next(remaining), part) for part in (smooth, discrete)]
         return eqx.combine(*parts, told)
@@ -106,7 +108,7 @@ class _Node(torch.autograd.Function):
             if torch.is_grad_enabled():
                 found, probe = _differentiable(context, tensors, cotangents)
             else:
-                arrays = [as_array(cotangent) for cotangent in cotangents]
+                arrays = [as_input(cotangent) for cotangent in cotangents]
                 leaves, probe = one.program.backward(context.pullback, arrays)
                 wait((leaves, probe), tensors)
                 found = [as_tensor(leaf) for leaf in leaves]

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from bilevel import vector
@@ -135,7 +134,6 @@ _REPORTS = (Solution, Hypergradient, Probe, AdjointProbe)
 
 
 def _split(outcome: Any) -> Outcome:
-    outcome = jax.tree.map(jnp.asarray, outcome)
     report = functools.partial(jax.tree.map, is_leaf=lambda node: isinstance(node, _REPORTS))
 
     def numbers(node: Any) -> Any:

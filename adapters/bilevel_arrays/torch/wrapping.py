@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from bilevel.evaluation import Hypergradient
 from bilevel.evaluation import hypergradient as bilevel_hypergradient
@@ -12,6 +13,7 @@ from bilevel.probe import AdjointProbe, Probe
 from bilevel.signature import brief, check_callable
 from bilevel_arrays.torch.arguments import Arguments, Sorted
 from bilevel_arrays.torch.bridge import Call, call
+from bilevel_arrays.torch.captured import looked_out_for
 from bilevel_arrays.torch.exchange import torch
 from bilevel_arrays.torch.program import Program
 from bilevel_arrays.torch.report import Report
@@ -173,7 +175,9 @@ def _program(
             count = found.treedef.num_leaves
             leaves = [static[at] if at in static else next(remaining) for at in range(count)]
             args, kwargs = jax.tree.unflatten(found.treedef, leaves)
-            return fn(*args, **kwargs) if probe is None else fn(*args, **kwargs, probe=probe)
+            with looked_out_for(arguments.name):
+                outcome = fn(*args, **kwargs, **({} if probe is None else {"probe": probe}))
+                return jax.tree.map(jnp.asarray, outcome)
 
         made = programs[key] = Program(body, arguments.first_argument(found) if known else None)
     return made

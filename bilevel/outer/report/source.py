@@ -13,6 +13,8 @@ from bilevel.outer.comparison import COMPARISON_FILE, Comparison
 from bilevel.outer.history import History
 from bilevel.outer.report.section import Section, section_of
 from bilevel.outer.run import HISTORY_FILE, SUMMARY_FILE, Run, Summary, summarize
+from bilevel.outer.sweeps.plan import PLAN_FILE
+from bilevel.outer.sweeps.result import Sweep
 
 CONFIGURATION_FILE = "configuration.json"
 UNFINISHED = "unfinished"
@@ -36,6 +38,9 @@ def read_sections(paths: Sequence[Path]) -> list[Section]:
             if history is None and (directory / COMPARISON_FILE).is_file():
                 found[len(found)] = _comparison(directory)
                 continue
+            if history is None and (directory / PLAN_FILE).is_file():
+                found |= {len(found) + place: each for place, each in enumerate(_sweep(directory))}
+                continue
             run = _run(directory, history)
         except RecursionError as error:
             msg = f"{path}: its JSON is nested too deeply."
@@ -50,6 +55,26 @@ def _comparison(directory: Path) -> Section:
     comparison = _checked(Comparison.read(directory), directory / COMPARISON_FILE)
     kept = _configuration(directory)
     return Section(comparison, {str(directory): kept} if kept else {})
+
+
+def _sweep(directory: Path) -> list[Section]:
+    """A section for each choice of settings, as far as the sweep has come."""
+    sweep = Sweep.read(directory)
+    sections: list[Section] = []
+    for point in sweep.plan.points:
+        comparison = sweep.comparisons[point.name]
+        known = {
+            name: [run for run in runs if run.history] for name, runs in comparison.runs.items()
+        }
+        if not any(known.values()):
+            continue
+        folder = directory / point.folder
+        kept = _configuration(folder)
+        sections.append(Section(comparison, {str(folder): kept} if kept else {}))
+    if not sections:
+        msg = f"{directory} holds a sweep of which no run has a record yet."
+        raise ValueError(msg)
+    return sections
 
 
 def _together(key: tuple[str, str], group: Sequence[tuple[Path, Run]]) -> Section:
