@@ -15,7 +15,7 @@ from bilevel.solver.base import IncompatibleError
 from bilevel.solver.parameter import whole
 from bilevel_pde.coarsening import NEAR, Transfer, coarse_grid, coarsen, strong
 from bilevel_pde.diffusion import Diffusion
-from bilevel_pde.galerkin import FEWEST, Interpolation, galerkin
+from bilevel_pde.galerkin import FEWEST, galerkin
 from bilevel_pde.grid import Grid
 from bilevel_pde.materialise import materialise
 from bilevel_pde.mean_shift import shifted_operator, with_mean

@@ -144,9 +144,9 @@ def between_points(operator: Diffusion, layout: Layout, points: Array, axis: int
         inner = jnp.where((index == 0) & (place == 0), low, inner)
         return jnp.where((index == count - 1) & (place == last), high, inner)
 
-    return jax.shard_map(
-        faces, mesh=layout.mesh, in_specs=layout.spec, out_specs=layout.spec
-    )(points)
+    return jax.shard_map(faces, mesh=layout.mesh, in_specs=layout.spec, out_specs=layout.spec)(
+        points
+    )
 
 
 def overlapping(grid: Grid, layout: Layout, faces: Any, axis: int) -> Any:

@@ -9,8 +9,8 @@ from jaxtyping import Array
 
 from bilevel_arrays.mesh.halo import Halos, Offset, Reach
 from bilevel_arrays.mesh.layout import Layout
-from bilevel_pde.grid_colours import colour_lines
 from bilevel_pde.grid import Grid
+from bilevel_pde.grid_colours import colour_lines
 from bilevel_pde.stencil import Stencil
 
 Pieces = tuple[Any, ...]
@@ -72,9 +72,7 @@ class BlockStencil(eqx.Module):
         return block_colours(self.grid, self.layout, self.offsets)
 
 
-def block_colours(
-    grid: Grid, layout: Layout, offsets: tuple[Offset, ...]
-) -> tuple[Array, int]:
+def block_colours(grid: Grid, layout: Layout, offsets: tuple[Offset, ...]) -> tuple[Array, int]:
     """The part of a grid's colours that a block has, within `shard_map`."""
     lines, count = colour_lines(grid.shape, periodic_axes(grid), offsets)
     total: Any = 0

@@ -33,7 +33,13 @@ class Lookup(eqx.Module):
 
     @classmethod
     def of(
-        cls, layout: Layout, axis: int, table: tuple[np.ndarray, np.ndarray], source: int, *, wraps: bool
+        cls,
+        layout: Layout,
+        axis: int,
+        table: tuple[np.ndarray, np.ndarray],
+        source: int,
+        *,
+        wraps: bool,
     ) -> "Lookup | None":
         """A table in blocks; `None` where it reaches beyond the next block.
 
@@ -128,8 +134,8 @@ class Nested(eqx.Module):
             field = field * jnp.asarray(self.volumes[0]).astype(field.dtype)
         shape = list(field.shape)
         shape[self.axis] //= 2
-        start = jnp.zeros_like(jax.lax.slice_in_dim(field, 0, shape[self.axis], 1, self.axis))
-        transposed = jax.linear_transpose(lambda v: self.prolong(v, layout), start)
+        like = jax.ShapeDtypeStruct(tuple(shape), field.dtype)
+        transposed = jax.linear_transpose(lambda v: self.prolong(v, layout), like)
         coarse = 0.5 * transposed(field)[0]
         if self.volumes is not None:
             coarse = coarse / jnp.asarray(self.volumes[1]).astype(field.dtype)
@@ -219,7 +225,7 @@ def _lookups(layout: Layout, axis: int, transfer: AxisTransfer) -> Lookups | Non
 
 
 class Gathering(eqx.Module):
-    """A transfer from fine blocks to a coarse grid that cannot be cut: the fine field is gathered."""
+    """A transfer from fine blocks to a coarse grid that cannot be cut: what is fine is gathered."""
 
     layout: Layout = eqx.field(static=True)
     transfer: Any

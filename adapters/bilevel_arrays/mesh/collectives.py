@@ -7,9 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 
-Kind = Literal[
-    "collective-permute", "all-reduce", "all-gather", "all-to-all", "reduce-scatter"
-]
+Kind = Literal["collective-permute", "all-reduce", "all-gather", "all-to-all", "reduce-scatter"]
 
 _BITS = {"pred": 8, "bf16": 16, "f8": 8, "c64": 64, "c128": 128}
 _NAME = re.compile(r"^(?:ENTRY\s+)?%?([\w.\-]+)\s*(?:\([^\n]*)?\{\s*$")

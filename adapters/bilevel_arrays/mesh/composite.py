@@ -135,6 +135,15 @@ def grid_of(operator: Operator) -> Grid:
     return grid
 
 
+def has_diagonal(block: Any) -> bool:
+    """Whether an operator on blocks knows its diagonal: not where it has a product in it."""
+    if isinstance(block, BlockSum):
+        return all(has_diagonal(term) for term in block.terms)
+    if isinstance(block, BlockScaled):
+        return has_diagonal(block.term)
+    return not isinstance(block, BlockProduct)
+
+
 def reaches(block: Any) -> list[Reach]:
     """What is read of the neighbours, once for each exchange of an application."""
     if isinstance(block, BlockStencil | BlockDiffusion):

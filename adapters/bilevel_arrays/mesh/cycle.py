@@ -12,13 +12,15 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from bilevel.bound import BoundProblem
-from bilevel_arrays.mesh.block_transfer import BlockTransfer, Gathering
 from bilevel_arrays.mesh.block_diffusion import axis_offsets
+from bilevel_arrays.mesh.block_interpolation import BlockInterpolation
+from bilevel_arrays.mesh.block_transfer import BlockTransfer, Gathering
 from bilevel_arrays.mesh.composite import in_blocks, specs_of
 from bilevel_arrays.mesh.halo import Reach
 from bilevel_arrays.mesh.layout import Layout
 from bilevel_pde.coarsening import Transfer
 from bilevel_pde.diffusion import Diffusion
+from bilevel_pde.galerkin import Interpolation
 from bilevel_pde.mean_shift import shifted_operator, with_mean
 from bilevel_pde.multigrid import Levels, Multigrid
 from bilevel_pde.smoother import Smoother
@@ -63,8 +65,14 @@ def _descent(
         solved = multigrid.descend(smoother, levels, coarsest, layout.whole(v))
         return layout.own(solved, layout.spec)
 
+    # Every result depends on the device, and every sum over devices is in a transpose: what the
+    # check of types would find is known, and transposes within it need none.
     cycle = jax.shard_map(
-        body, mesh=layout.mesh, in_specs=(specs, layout.spec), out_specs=layout.spec
+        body,
+        mesh=layout.mesh,
+        in_specs=(specs, layout.spec),
+        out_specs=layout.spec,
+        check_vma=False,
     )
     return partial(cycle, arrays)
 
@@ -94,7 +102,9 @@ def _prepared(layout: Layout, multigrid: Multigrid, operator: Any) -> tuple[Any,
     def body(given: Any) -> Any:
         return jax.tree.map(layout.own, build(given), specs)
 
-    arrays = jax.shard_map(body, mesh=layout.mesh, in_specs=(everywhere(given),), out_specs=specs)(given)
+    arrays = jax.shard_map(body, mesh=layout.mesh, in_specs=(everywhere(given),), out_specs=specs)(
+        given
+    )
     return arrays, specs, held[0]
 
 
@@ -113,21 +123,31 @@ def arranged(layout: Layout, levels: Levels, coarsest: Any) -> Plan:
     cut: list[tuple[Any, Any]] = []
     for level in range(count):
         operator, transfer = levels[level]
-        last = level + 1 == count
-        found: Any = None
-        if isinstance(transfer, Transfer):
-            found = BlockTransfer.of(layout, transfer, gathered=last)
+        found = transfer_in_blocks(layout, transfer, gathered=level + 1 == count)
         cut.append((in_blocks(operator, layout, within=True), found or Gathering(layout, transfer)))
     return Plan(cut, (levels[count:], coarsest))
+
+
+def transfer_in_blocks(
+    layout: Layout, transfer: Transfer | Interpolation, *, gathered: bool
+) -> BlockTransfer | BlockInterpolation | None:
+    """A transfer between two grids that are cut alike; `None` where they cannot be."""
+    if isinstance(transfer, Transfer):
+        return BlockTransfer.of(layout, transfer, gathered=gathered)
+    return BlockInterpolation.of(layout, transfer, gathered=gathered)
 
 
 def cut_levels(layout: Layout, levels: Levels) -> int:
     """How many of the finest grids are cut into blocks; the coarsest one never is."""
     for level, (operator, transfer) in enumerate(levels[:-1]):
         grid = grid_of_level(operator)
-        if not layout.divides(grid) or grid.size <= layout.gather_below or not _fits(operator, layout):
+        if (
+            not layout.divides(grid)
+            or grid.size <= layout.gather_below
+            or not _fits(operator, layout)
+        ):
             return level
-        if not isinstance(transfer, Transfer) or BlockTransfer.of(layout, transfer, gathered=False) is None:
+        if transfer_in_blocks(layout, transfer, gathered=False) is None:
             return level + 1
     return len(levels) - 1
 

@@ -14,7 +14,7 @@ def device_mesh(
     shape: int | Sequence[int] | None = None,
     names: str | Sequence[str] | None = None,
     *,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """A mesh of devices whose axes are left to the compiler, as solvers want them.
 

@@ -49,10 +49,10 @@ class Reach(NamedTuple):
                 continue
             most = shape[axis] // widest
             msg = (
-                f"partition: blocks along the grid's axis {axis} should be at least as thick as the "
-                f"{widest} points that the {owner} reads of a neighbour, got {block[axis]} of "
-                f"{shape[axis]} points on {layout.counts[axis]} devices. Cut this axis into at most "
-                f"{max(most, 1)} blocks, or cut another one."
+                f"partition: blocks along the grid's axis {axis} should be at least as thick as "
+                f"the {widest} points that the {owner} reads of a neighbour, got {block[axis]} "
+                f"of {shape[axis]} points on {layout.counts[axis]} devices. Cut this axis into "
+                f"at most {max(most, 1)} blocks, or cut another one."
             )
             raise ValueError(msg)
 
@@ -105,14 +105,18 @@ class Halos:
         return shift(field, tuple(rest), wraps)
 
     def _with_rows(self, axis: int, step: int) -> Array:
-        # Paddings fuse into whatever reads them, which joined slices do not.
-        along = tuple(step * int(d == axis) for d in range(self.block.ndim))
-        inside = shift(self.block, along, (False,) * self.block.ndim)
-        rows = self.rows[axis, 1 if step > 0 else 0]
-        spare, far = rows.shape[axis] - abs(step), self.block.shape[axis] - abs(step)
-        padding = [(0, 0, 0)] * self.block.ndim
-        padding[axis] = (far, -spare, 0) if step > 0 else (-spare, far, 0)
-        return inside + jax.lax.pad(rows, np.zeros((), rows.dtype), padding)
+        return joined(self.block, self.rows[axis, 1 if step > 0 else 0], axis, step)
+
+
+def joined(block: Array, rows: Array, axis: int, step: int) -> Array:
+    """The block with at each point the value `step` points further, from the rows beyond it."""
+    # Paddings fuse into whatever reads them, which joined slices do not.
+    along = tuple(step * int(d == axis) for d in range(block.ndim))
+    inside = shift(block, along, (False,) * block.ndim)
+    spare, far = rows.shape[axis] - abs(step), block.shape[axis] - abs(step)
+    padding = [(0, 0, 0)] * block.ndim
+    padding[axis] = (far, -spare, 0) if step > 0 else (-spare, far, 0)
+    return inside + jax.lax.pad(rows, np.zeros((), rows.dtype), padding)
 
 
 def neighbour(

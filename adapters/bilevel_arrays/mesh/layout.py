@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -54,15 +55,15 @@ class Layout:
         given = (*given, *(None,) * (grid.ndim - len(given))) if isinstance(axes, str) else given
         if len(given) != grid.ndim:
             msg = (
-                f"partition: axes should name a mesh axis or None for each of the grid's {grid.ndim} "
-                f"axes, got {len(given)}: {axes!r}."
+                f"partition: axes should name a mesh axis or None for each of the grid's "
+                f"{grid.ndim} axes, got {len(given)}: {axes!r}."
             )
             raise ValueError(msg)
         for name in given:
             if name is not None and name not in names:
                 msg = (
-                    f"partition: axes should name axes of the mesh, {names}, got {name!r}. Name one "
-                    "of those, or None for an axis of the grid that is not cut."
+                    f"partition: axes should name axes of the mesh, {names}, got {name!r}. Name "
+                    "one of those, or None for an axis of the grid that is not cut."
                 )
                 raise ValueError(msg)
             if name is not None and given.count(name) > 1:
@@ -82,10 +83,10 @@ class Layout:
                 continue
             nearest = max(round(points / count), 1) * count
             msg = (
-                f"partition: the {count} devices of mesh axis {self.axes[axis]!r} should divide the "
-                f"{points} points of the grid's axis {axis} without rest, got {points % count} left "
-                f"over. Take {nearest} points, a mesh axis of {_divisor(points, count)} devices, or "
-                "another axis of the grid."
+                f"partition: the {count} devices of mesh axis {self.axes[axis]!r} should divide "
+                f"the {points} points of the grid's axis {axis} without rest, got "
+                f"{points % count} left over. Take {nearest} points, a mesh axis of "
+                f"{_divisor(points, count)} devices, or another axis of the grid."
             )
             raise ValueError(msg)
 
@@ -116,7 +117,9 @@ class Layout:
 
     def divides(self, grid: Grid) -> bool:
         """Whether a grid can be cut into equal blocks."""
-        return all(points % count == 0 for points, count in zip(grid.shape, self.counts, strict=True))
+        return all(
+            points % count == 0 for points, count in zip(grid.shape, self.counts, strict=True)
+        )
 
     def block(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of one block of a field."""
@@ -159,15 +162,15 @@ class Layout:
 
         **Raises:** `ValueError`.
         """
-        if isinstance(field, jax.core.Tracer) or not isinstance(field, jax.Array):
+        if isinstance(field, Tracer) or not isinstance(field, jax.Array):
             return
         if not field.committed or field.sharding.device_set == set(self.mesh.devices.flat):
             return
         lies = sorted(device.id for device in field.sharding.device_set)
         expected = sorted(device.id for device in self.mesh.devices.flat)
         msg = (
-            f"{name}: the array should lie on the devices of the operator's mesh, {expected}, got one "
-            f"on devices {lies}. Bring it there with mesh.place(array, mesh, axes)."
+            f"{name}: the array should lie on the devices of the operator's mesh, {expected}, got "
+            f"one on devices {lies}. Bring it there with mesh.place(array, mesh, axes)."
         )
         raise ValueError(msg)
 
@@ -192,7 +195,7 @@ def check_mesh(owner: str, mesh: Any) -> None:
         msg = (
             f"{owner}: axes of the mesh should be of type Auto, for the solvers leave it to the "
             f"compiler where sums are taken, got {explicit[0]!r} of another type. Make the mesh with "
-            "bilevel_arrays.mesh.device_mesh(), or jax.make_mesh(..., axis_types=(AxisType.Auto,))."
+            "bilevel_arrays.mesh.device_mesh(), or with jax.make_mesh(..., axis_types=(Auto,))."
         )
         raise TypeError(msg)
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from bilevel.bound import BoundProblem
-from bilevel_arrays.mesh.composite import grid_of, in_blocks, specs_of
+from bilevel_arrays.mesh.composite import grid_of, has_diagonal, in_blocks, specs_of
 from bilevel_arrays.mesh.layout import Layout
 from bilevel_pde import folding
 from bilevel_pde.grid import Grid
@@ -82,8 +82,8 @@ class Partitioned(Operator):
         return self if self.symmetric else _partitioned(self.operator.transposed(), self.layout)
 
     def diagonal(self) -> Float[Array, "..."] | None:
-        """The diagonal, in blocks; `None` where the operator as a whole has none at hand."""
-        if not hasattr(self.block, "diagonal"):
+        """The diagonal, in blocks; `None` of what has a product in it."""
+        if not has_diagonal(self.block):
             return None
         return _diagonal(self.block, self.layout)
 
@@ -225,9 +225,7 @@ def _partitioned(operator: Operator, layout: Layout) -> Partitioned:
     return Partitioned(operator, in_blocks(operator, layout), layout)
 
 
-def mapped(
-    function: Callable[..., Any], layout: Layout, tree: Any, *fields: Array
-) -> Any:
+def mapped(function: Callable[..., Any], layout: Layout, tree: Any, *fields: Array) -> Any:
     """`function(tree, *fields)` of blocks, whose result is a block."""
     arrays, static = eqx.partition(tree, eqx.is_array)
 

@@ -1,7 +1,7 @@
 """Traffic: what one application of an operator sends between devices, from its decomposition."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -27,7 +27,7 @@ class HaloTraffic(NamedTuple):
     messages: int
 
 
-def halo_traffic(operator: Partitioned, dtype: object = None) -> HaloTraffic:
+def halo_traffic(operator: Partitioned, dtype: Any = None) -> HaloTraffic:
     """The bytes that one application of a partitioned operator sends: its blocks' surface.
 
     Each block sends to each neighbour the rows that the operator reads of it: for a stencil that
@@ -55,7 +55,9 @@ def halo_traffic(operator: Partitioned, dtype: object = None) -> HaloTraffic:
         raise TypeError(msg)
     size = jnp.dtype(operator.like.dtype if dtype is None else dtype).itemsize
     parts = [_of(operator.layout, operator.grid, reach) for reach in reaches(operator.block)]
-    total, largest, messages = (sum(column) for column in zip(*parts, strict=True)) if parts else (0, 0, 0)
+    total, largest, messages = (
+        (sum(column) for column in zip(*parts, strict=True)) if parts else (0, 0, 0)
+    )
     return HaloTraffic(total * size, largest * size, messages)
 
 

@@ -1,0 +1,244 @@
+"""Grids cut over several devices: what halos and sums cost, against a model of both."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+import bilevel as bl
+import bilevel_pde as pde
+from benchmarks import harness
+from benchmarks.harness import Report
+from benchmarks.scaling_model import (
+    Machine,
+    Parts,
+    Work,
+    halo_of_cube,
+    levels_of_cube,
+    predict,
+)
+from bilevel_arrays import mesh as over
+
+COUNTS = (1, 2, 4, 8)
+FLAGS = "--xla_force_host_platform_device_count=8"
+ROUNDS = 9
+REPEATED = 200
+"""Messages, or sums, one after another in a program that times them."""
+
+H100 = {
+    8: Machine(copy=2 / (0.8 * 3.35e12), message=8e-6, byte=1 / 450e9, reduction=20e-6),
+    64: Machine(copy=2 / (0.8 * 3.35e12), message=10e-6, byte=1 / 50e9, reduction=35e-6),
+    512: Machine(copy=2 / (0.8 * 3.35e12), message=10e-6, byte=1 / 50e9, reduction=50e-6),
+}
+"""By devices: 80 % of the memory bandwidth of the data sheet; NVLink within a node of eight, one way,
+and InfiniBand between nodes; latencies are assumed, not measured."""
+
+
+def benchmark(quick: bool = False) -> Report:
+    """Measure the constants, hold the model against solves, and say what it predicts."""
+    report = Report("sharded")
+    report.say("simulated devices")
+    found: dict[str, Any] = harness.apart(measured, quick, flags=FLAGS)
+    constants: Machine = found["machine"]
+    table = report.table("constants of this machine", "what", "value")
+    table.add("copy, GB/s", 2e-9 / constants.copy)
+    table.add("message between simulated devices, µs", 1e6 * constants.message)
+    table.add("its bytes, GB/s", 1e-9 / max(constants.byte, 1e-15))
+    for count, seconds in found["reductions"].items():
+        table.add(f"sum over {count} devices, µs", 1e6 * seconds)
+    for name, rows in found["solves"].items():
+        table = report.table(
+            f"{name}: ms an iteration, measured and by the model",
+            "devices", "measured", "model", "compute", "halo", "sums", "measured / model",
+        )  # fmt: skip
+        ratios: list[float] = []
+        for count, seconds, parts in rows:
+            ratios.append(seconds / parts.total)
+            table.add(
+                count, 1e3 * seconds, 1e3 * parts.total, *(1e3 * p for p in parts), ratios[-1]
+            )
+        apart = max(max(ratio, 1 / ratio) for ratio in ratios)
+        report.check(
+            f"{name}: model and measurement, at most apart by", apart, 1e9 if quick else 2.0
+        )
+        report.check(f"{name}: bytes sent that are not the surface", found["beyond"][name], 0)
+    _predict(report, found["copies"])
+    return report
+
+
+def _predict(report: Report, copies: dict[str, float]) -> None:
+    points, item = 512, 4
+    table = report.table(
+        f"prediction for H100s at {points}³, float32 (assumed constants; nothing was measured there)",
+        "what", "devices", "blocks", "compute, µs", "halo, µs", "sums, µs", "an iteration, µs",
+        "of one device's time / devices",
+    )  # fmt: skip
+    one = {name: copies[name] * H100[8].copy * item * points**3 for name in copies}
+    for name, count in copies.items():
+        for devices, machine in H100.items():
+            side = round(devices ** (1 / 3))
+            blocks = (side, side, side)
+            if name == "heat":
+                messages, sent = halo_of_cube(points, blocks, item)
+                work = Work(count * item * points**3, messages, sent, 2)
+            else:
+                work = _cycle(points, blocks, item, count)
+            parts = predict(machine, work, devices)
+            table.add(
+                name, devices, "×".join(map(str, blocks)), *(1e6 * part for part in parts),
+                1e6 * parts.total, one[name] / devices / parts.total,
+            )  # fmt: skip
+
+
+def _cycle(points: int, blocks: tuple[int, int, int], item: int, copies: float) -> Work:
+    """An iteration of CG with a V cycle: seven applications and two transfers a cut level."""
+    cut, whole = levels_of_cube(points, GATHER_BELOW)
+    unknowns = sum(n**3 for n in (*cut, *whole))
+    per_point = copies * points**3 / unknowns
+    devices = math.prod(blocks)
+    # What is gathered is done by every device.
+    copied = item * per_point * (sum(n**3 for n in cut) + devices * sum(n**3 for n in whole))
+    messages = sent = 0.0
+    for n in cut:
+        of_level = halo_of_cube(n, blocks, item)
+        messages += 8 * of_level[0]
+        sent += 7.5 * of_level[1]
+    messages += sum(count - 1 for count in blocks)
+    sent += item * whole[0] ** 3
+    first = halo_of_cube(points, blocks, item)
+    return Work(copied, messages + first[0], sent + first[1], 2)
+
+
+GATHER_BELOW = 4096
+
+
+def measured(quick: bool) -> dict[str, Any]:
+    """Constants, and solves, on simulated devices; runs in a process that has eight of them."""
+    # Programs that run at the same time on simulated devices may wait for each other for ever.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    workers = len(_cores())
+    copy = _copy(2**21 if quick else 2**24)
+    message, byte = _messages(workers)
+    reductions = {count: _reduction(count) for count in COUNTS[1:]}
+    machine = Machine(copy, message, byte, 0.0, workers)
+    solves: dict[str, list[tuple[int, float, Parts]]] = {}
+    beyond: dict[str, int] = {}
+    copies: dict[str, float] = {}
+    cases = {"heat": (_heat, 32 if quick else 64), "poisson": (_poisson, 64 if quick else 512)}
+    for name, (make, points) in cases.items():
+        rows: list[tuple[int, float, Parts]] = []
+        beyond[name] = 0
+        fields = points ** (3 if name == "heat" else 2) * 8
+        for count in COUNTS:
+            seconds, sends, sums, left_over = _iteration(make, points, count)
+            beyond[name] += left_over
+            if count == 1:
+                copies[name] = seconds / (copy * fields)
+            messages = sum(1 for _ in sends)
+            work = Work(
+                copies[name] * fields, messages, sum(sends) / count, sums if count > 1 else 0
+            )
+            here = machine._replace(reduction=reductions.get(count, 0.0))
+            rows.append((count, seconds, predict(here, work, count)))
+        solves[name] = rows
+    return {
+        "machine": machine, "reductions": reductions, "solves": solves, "beyond": beyond,
+        "copies": copies,
+    }  # fmt: skip
+
+
+def _cores() -> set[int]:
+    import os  # noqa: PLC0415
+
+    return os.sched_getaffinity(0)
+
+
+def _seconds(function: Callable[..., Any], *arguments: Any, rounds: int = ROUNDS) -> float:
+    """The least of some rounds: what else ran on the machine only adds."""
+    jax.block_until_ready(function(*arguments))
+    times: list[float] = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        times.append(time.perf_counter() - start)
+    return statistics.median(sorted(times)[: max(rounds // 3, 1)])
+
+
+def _copy(count: int) -> float:
+    """Seconds for a byte of a field that is read and written."""
+    field = jnp.ones(count)
+    return _seconds(jax.jit(lambda x: x + 1.0), field) / (field.size * field.dtype.itemsize)
+
+
+def _repeated(body: Callable[[Any], Any], count: int) -> Callable[[Any], Any]:
+    mesh = over.device_mesh(devices=jax.devices()[:count])
+
+    def run(x: Any) -> Any:
+        return jax.lax.fori_loop(0, REPEATED, lambda _, x: body(x), x)
+
+    return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P("devices"), out_specs=P("devices")))
+
+
+def _messages(workers: int) -> tuple[float, float]:
+    """Seconds of a message of a device, and of its bytes, when two devices exchange."""
+    times: list[float] = []
+    sizes = (2, 2**16)
+    for size in sizes:
+        exchange = _repeated(lambda x: jax.lax.ppermute(x, "devices", [(0, 1), (1, 0)]) + 1.0, 2)
+        times.append(_seconds(exchange, jnp.ones(2 * size)) / REPEATED)
+    # On shared cores both ends of an exchange have to be worked on.
+    share = 2 / min(2, workers)
+    byte = (times[1] - times[0]) / (8 * (sizes[1] - sizes[0]))
+    return times[0] / share, byte / share
+
+
+def _reduction(count: int) -> float:
+    total = _repeated(lambda x: 0.0 * x + jax.lax.psum(jnp.sum(x), "devices") / count, count)
+    return _seconds(total, jnp.ones(count)) / REPEATED
+
+
+def _heat(points: int, count: int) -> tuple[Callable[[Any, Any], Any], Any, int]:
+    grid = pde.Grid((points,) * 3)
+    mesh = over.device_mesh(devices=jax.devices()[:count])
+    stepper = over.partition(pde.Heat(grid, 1.0, 1e-3), mesh)
+    u = over.place(np.random.default_rng(0).standard_normal(grid.shape), mesh, "devices")
+    surface = over.halo_traffic(stepper.matrix()).total  # pyright: ignore[reportArgumentType]
+    return jax.jit(lambda u, budget: stepper.step(u, budget=budget)), u, surface
+
+
+def _poisson(points: int, count: int) -> tuple[Callable[[Any, Any], Any], Any, int]:
+    grid = pde.Grid((points, points))
+    mesh = over.device_mesh(devices=jax.devices()[:count])
+    operator = over.partition(-pde.laplacian(grid), mesh, gather_below=GATHER_BELOW)
+    f = over.place(np.random.default_rng(0).standard_normal(grid.shape), mesh, "devices")
+    solver = bl.ConjugateGradient(preconditioner=pde.Multigrid())
+
+    def solve(f: Any, budget: bl.Budget) -> Any:
+        problem = bl.LinearSystem(operator, f)
+        return bl.solve(problem, None, 0 * f, solver=solver, budget=budget).value
+
+    # Rows of the grid's length are all that is sent, on every level.
+    return jax.jit(solve), f, 8
+
+
+def _iteration(
+    make: Callable[[int, int], tuple[Callable[[Any, Any], Any], Any, int]], points: int, count: int
+) -> tuple[float, list[int], int, int]:
+    """Seconds of an iteration, the bytes of its messages, its sums, and what is no surface."""
+    function, field, unit = make(points, count)
+    few, many = 2, 10
+    budgets = [jax.tree.map(jnp.asarray, bl.Budget(n, 0.0, 0.0)) for n in (few, many)]
+    times = [_seconds(function, field, budget) for budget in budgets]
+    found = over.collectives(function, field, budgets[0])
+    deepest = max((one.depth for one in found), default=0)
+    inner = [one for one in found if one.depth == deepest]
+    sends = [one.sent for one in inner if one.kind == "collective-permute"]
+    sums = sum(one.kind == "all-reduce" for one in inner)
+    left_over = sum(sends) % unit if unit else sum(sends)
+    return (times[1] - times[0]) / (many - few), sends, sums, left_over
