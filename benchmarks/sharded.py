@@ -1,6 +1,7 @@
 """Grids cut over several devices: what halos and sums cost, against a model of both."""
 
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -36,8 +37,8 @@ H100 = {
     64: Machine(copy=2 / (0.8 * 3.35e12), message=10e-6, byte=1 / 50e9, reduction=35e-6),
     512: Machine(copy=2 / (0.8 * 3.35e12), message=10e-6, byte=1 / 50e9, reduction=50e-6),
 }
-"""By devices: 80 % of the memory bandwidth of the data sheet; NVLink within a node of eight, one way,
-and InfiniBand between nodes; latencies are assumed, not measured."""
+"""By devices: 80 % of the memory bandwidth of the data sheet; NVLink within a node of eight, one
+way, and InfiniBand between nodes; latencies are assumed, not measured."""
 
 
 def benchmark(quick: bool = False) -> Report:
@@ -64,9 +65,8 @@ def benchmark(quick: bool = False) -> Report:
                 count, 1e3 * seconds, 1e3 * parts.total, *(1e3 * p for p in parts), ratios[-1]
             )
         apart = max(max(ratio, 1 / ratio) for ratio in ratios)
-        report.check(
-            f"{name}: model and measurement, at most apart by", apart, 1e9 if quick else 2.0
-        )
+        limit = 1e9 if quick else 2.0
+        report.check(f"{name}: model and measurement, at most apart by", apart, limit)
         report.check(f"{name}: bytes sent that are not the surface", found["beyond"][name], 0)
     _predict(report, found["copies"])
     return report
@@ -75,7 +75,7 @@ def benchmark(quick: bool = False) -> Report:
 def _predict(report: Report, copies: dict[str, float]) -> None:
     points, item = 512, 4
     table = report.table(
-        f"prediction for H100s at {points}³, float32 (assumed constants; nothing was measured there)",
+        f"prediction for H100s at {points}³, float32 (constants assumed, nothing measured there)",
         "what", "devices", "blocks", "compute, µs", "halo, µs", "sums, µs", "an iteration, µs",
         "of one device's time / devices",
     )  # fmt: skip
@@ -154,8 +154,6 @@ def measured(quick: bool) -> dict[str, Any]:
 
 
 def _cores() -> set[int]:
-    import os  # noqa: PLC0415
-
     return os.sched_getaffinity(0)
 
 

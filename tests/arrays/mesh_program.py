@@ -130,7 +130,7 @@ def operators(grid: pde.Grid) -> dict[str, pde.Operator]:
         "weighted": pde.laplacian(grid).weighted(),
         "diffusion": pde.Diffusion(grid, k),
         "harmonic": pde.Diffusion(grid, (k, 2 * k), mean="harmonic", reaction=k).weighted(),
-        "faces": pde.Diffusion(grid, tuple(np.ones(grid.face_shape(a)) for a in (0, 1)), at="faces"),
+        "faces": pde.Diffusion(grid, tuple(map(np.ones, map(grid.face_shape, (0, 1)))), at="faces"),
         "advection": pde.advection(grid, (k, 1.0)),
         "transposed": pde.advection(grid, (k, 1.0)).T,
         "step": pde.identity(grid) + 0.1 * pde.Diffusion(grid, 2.0),
@@ -148,6 +148,10 @@ MESHES = {
     "columns": ((4, 2), ("x", "y"), (None, "x")),
     "blocks": ((4, 2), ("x", "y"), ("x", "y")),
 }
+
+
+def matvec(operator: Any, v: Any, *, adjoint: bool = False) -> Any:
+    return operator.rmatvec(v) if adjoint else operator.matvec(v)
 
 
 def sent(function: Any, *arguments: Any) -> int:
@@ -175,8 +179,8 @@ def applied(names: tuple[str, ...] = tuple(CONDITIONS)) -> dict[str, Any]:
             )
             traffic = over.halo_traffic(part).total
             counted = [
-                sent(lambda v, p=part: p.matvec(v), v),
-                sent(lambda v, p=part: p.rmatvec(v), v),
+                sent(partial(matvec, part), v),
+                sent(partial(matvec, part, adjoint=True), v),
             ]
             found[f"{place} {name} {kind}"] = [defect, traffic, *counted]
     return found
@@ -196,11 +200,15 @@ def derived() -> dict[str, Any]:
         a, da, v, dv, y = (placed(array, mesh, axes) for array in (k, dk, u, du, w))
         many = placed(np.stack([u, du, w]), mesh, (None, *axes))
         function = partial(apply, mesh)
+
+        def squares(k: Any, u: Any) -> Any:
+            return jnp.sum(function(k, u) ** 2)
+
         return {
             "jvp": jax.jit(lambda *x: jax.jvp(function, x[:2], x[2:])[1])(a, v, da, dv),
             "vjp": jax.jit(lambda *x: jax.vjp(function, *x[:2])[1](x[2]))(a, v, y),
             "vmap": jax.jit(jax.vmap(function, (None, 0)))(a, many),
-            "both": jax.jit(jax.vmap(jax.grad(lambda k, u: jnp.sum(function(k, u) ** 2)), (None, 0)))(a, many),
+            "both": jax.jit(jax.vmap(jax.grad(squares), (None, 0)))(a, many),
         }  # fmt: skip
 
     def through_cycles(mesh: Mesh) -> Any:
@@ -357,7 +365,7 @@ def quick() -> dict[str, Any]:
         "value": defect(one.value, many.value),
         "lies": str(many.value.sharding.spec),
         "traffic": over.halo_traffic(part).total,
-        "sent": sent(lambda v: part.matvec(v), v),
+        "sent": sent(partial(matvec, part), v),
     }
 
 
@@ -376,7 +384,7 @@ def main(what: str, address: str = "", processes: str = "1", index: str = "0") -
         found = results(over.device_mesh())
     else:
         found = globals()[what]()
-    print(json.dumps(found))
+    sys.stdout.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":
