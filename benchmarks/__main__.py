@@ -20,6 +20,7 @@ BENCHMARKS = {
     "bilevel_suite": "SOBA, AmIGO, stocBiO and nested solves on benchmark_bilevel's problems",
     "long_runs": "10,000 updates: memory, and what history and checkpoints cost",
     "torch_bridge": "a solve called from PyTorch against the same call in JAX",
+    "sharded": "grids cut over simulated devices: halos and sums, against a model of both",
     "published": "figures from the literature, reproduced",
 }
 

@@ -195,7 +195,7 @@ def check_mesh(owner: str, mesh: Any) -> None:
         msg = (
             f"{owner}: axes of the mesh should be of type Auto, for the solvers leave it to the "
             f"compiler where sums are taken, got {explicit[0]!r} of another type. Make the mesh "
-            "with bilevel_arrays.mesh.device_mesh(), or with jax.make_mesh(..., axis_types=(Auto,))."
+            "with bilevel_arrays.mesh.device_mesh(), or jax.make_mesh(..., axis_types=(Auto,))."
         )
         raise TypeError(msg)
 
