@@ -331,11 +331,12 @@ def _colours(operator: Operator) -> tuple[Any, int]:
 def _scale_of(operator: Operator) -> Array:
     """A diagonal D such that D⁻¹A has eigenvalues of at most 2, for smoothers that need it."""
     diagonal = diagonal_of(operator)
-    offsets: tuple[tuple[int, ...], ...] = getattr(operator, "offsets", ())
+    stencil: Any = operator
+    has_coefficients = callable(getattr(operator, "coefficient", None))
+    offsets: tuple[tuple[int, ...], ...] = stencil.offsets if has_coefficients else ()
     if all(sum(step != 0 for step in offset) <= 1 for offset in offsets):
         # Along the axes differences are as large as their diagonal.
         return diagonal
-    stencil: Any = operator
     sizes = sum(jnp.abs(stencil.coefficient(offset)) for offset in offsets)
     return jnp.sign(diagonal) * jnp.maximum(jnp.abs(diagonal), 0.5 * sizes)
 

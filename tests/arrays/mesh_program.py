@@ -224,7 +224,18 @@ def derived() -> dict[str, Any]:
 
         return jax.jit(jax.grad(loss))(placed(u, mesh, axes))
 
+    def carried(mesh: Mesh) -> Any:
+        """A step of advection and diffusion, and its gradient in the velocity."""
+        stepper = cut(pde.AdvectionDiffusion(grid, (1.0, 0.5), 0.1, 1e-2), mesh, axes)
+
+        def loss(velocity: Any, u: Any) -> Any:
+            moved = stepper.step(u, theta={"velocity": (velocity, 0.5)}, budget=bl.Budget(20))
+            return jnp.sum(moved**2), moved
+
+        return jax.jit(jax.grad(loss, has_aux=True))(placed(k, mesh, axes), placed(u, mesh, axes))
+
     one, eight = all_of(None), all_of(mesh)
+    one["carried"], eight["carried"] = carried(None), carried(mesh)
     one["cycles"], eight["cycles"] = through_cycles(None), through_cycles(mesh)
     return {
         name: max(

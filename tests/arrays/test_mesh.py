@@ -3,13 +3,13 @@
 from typing import Any
 
 import jax
-import mesh_program as program
 import numpy as np
-import processes
 import pytest
 
 import bilevel_pde as pde
 from bilevel_arrays import mesh as over
+from tests.arrays import mesh_program as program
+from tests.arrays import processes
 
 ROUNDING = 1e-13
 COUNTS = (1, 2, 4, 8)

@@ -4,7 +4,6 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from bilevel_arrays.mesh.halo import Halos, Offset, Reach
@@ -91,8 +90,3 @@ def periodic_axes(grid: Grid) -> tuple[bool, ...]:
 def in_precision(piece: Any, v: Array) -> Any:
     """A coefficient in the precision of the field."""
     return jnp.asarray(piece).astype(jnp.finfo(v.dtype).dtype)
-
-
-def is_number(piece: Any) -> bool:
-    """Whether a coefficient has no dimensions."""
-    return np.ndim(piece) == 0

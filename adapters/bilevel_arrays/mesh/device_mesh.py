@@ -28,8 +28,8 @@ def device_mesh(
     **Raises:** `ValueError` for a shape of another number of devices than there are, and for names
     that are not one for each axis.
 
-    >>> device_mesh(devices=jax.devices()[:1]).shape
-    OrderedDict({'devices': 1})
+    >>> dict(device_mesh(devices=jax.devices()[:1]).shape)
+    {'devices': 1}
     """
     given = list(jax.devices() if devices is None else devices)
     sizes = (len(given),) if shape is None else tuple(np.atleast_1d(shape).tolist())
@@ -85,9 +85,7 @@ def place(array: Any, mesh: Mesh, axes: str | Sequence[str | None] | None = None
             )
             raise ValueError(msg)
     sharding = NamedSharding(mesh, PartitionSpec(*given))
-    if isinstance(array, jax.Array) and array.is_fully_addressable and jax.process_count() == 1:
-        return jax.device_put(array, sharding)
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+    if jax.process_count() == 1 or not getattr(array, "is_fully_addressable", True):
         return jax.device_put(array, sharding)
     whole = np.asarray(array)
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
