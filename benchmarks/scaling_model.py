@@ -9,6 +9,7 @@ class Machine(NamedTuple):
     **Arguments:**
 
     - `copy`: seconds a byte is read and written again, on one device.
+    - `launch`: seconds that a device takes for a kernel of no size.
     - `message`: seconds a message between two devices takes at least.
     - `byte`: seconds a byte more of a message takes.
     - `reduction`: seconds a sum over all devices takes.
@@ -16,6 +17,7 @@ class Machine(NamedTuple):
     """
 
     copy: float
+    launch: float
     message: float
     byte: float
     reduction: float
@@ -28,12 +30,14 @@ class Work(NamedTuple):
     **Arguments:**
 
     - `copied`: bytes read and written again by all devices together.
+    - `launches`: kernels of each device.
     - `messages`: messages of a device.
     - `sent`: bytes sent by a device.
     - `reductions`: sums over all devices.
     """
 
     copied: float
+    launches: float
     messages: float
     sent: float
     reductions: float
@@ -43,6 +47,7 @@ class Parts(NamedTuple):
     """Seconds of an iteration."""
 
     compute: float
+    launches: float
     halo: float
     reductions: float
 
@@ -61,6 +66,7 @@ def predict(machine: Machine, work: Work, devices: int) -> Parts:
     shared = devices / workers
     return Parts(
         machine.copy * work.copied / workers,
+        shared * machine.launch * work.launches,
         shared * (machine.message * work.messages + machine.byte * work.sent),
         machine.reduction * work.reductions,
     )

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.optimize
 from jax.sharding import PartitionSpec as P
 
 import bilevel as bl
@@ -23,6 +24,7 @@ from benchmarks.scaling_model import (
     predict,
 )
 from bilevel_arrays import mesh as over
+from bilevel_arrays.mesh.cycle import cut_levels
 
 COUNTS = (1, 2, 4, 8)
 FLAGS = "--xla_force_host_platform_device_count=8"
@@ -31,12 +33,15 @@ REPEATED = 200
 """Messages, or sums, one after another in a program that times them."""
 
 H100 = {
-    8: Machine(copy=2 / (0.8 * 3.35e12), message=8e-6, byte=1 / 450e9, reduction=20e-6),
-    64: Machine(copy=2 / (0.8 * 3.35e12), message=10e-6, byte=1 / 50e9, reduction=35e-6),
-    512: Machine(copy=2 / (0.8 * 3.35e12), message=10e-6, byte=1 / 50e9, reduction=50e-6),
+    8: Machine(2 / (0.8 * 3.35e12), launch=3e-6, message=8e-6, byte=1 / 450e9, reduction=20e-6),
+    64: Machine(2 / (0.8 * 3.35e12), launch=3e-6, message=10e-6, byte=1 / 50e9, reduction=35e-6),
+    512: Machine(2 / (0.8 * 3.35e12), launch=3e-6, message=10e-6, byte=1 / 50e9, reduction=50e-6),
 }
 """By devices: 80 % of the memory bandwidth of the data sheet; NVLink within a node of eight, one
 way, and InfiniBand between nodes; latencies are assumed, not measured."""
+
+KERNELS = {"heat": 8, "poisson": 20}
+"""Kernels of an iteration on a GPU, of a cycle on each level: assumed, too."""
 
 
 def benchmark(quick: bool = False) -> Report:
@@ -46,7 +51,10 @@ def benchmark(quick: bool = False) -> Report:
     found: dict[str, Any] = harness.apart(measured, quick, flags=FLAGS)
     constants: Machine = found["machine"]
     table = report.table("constants of this machine", "what", "value")
-    table.add("copy, GB/s", 2e-9 / constants.copy)
+    table.add("copy, GB/s read and written", 2e-9 / constants.copy)
+    for name, count in found["copies"].items():
+        table.add(f"{name}: an iteration costs so many copies of each level's field", count)
+        table.add(f"{name}: and so many µs a level whatever its size", 1e6 * found["fixed"][name])
     table.add("message between simulated devices, µs", 1e6 * constants.message)
     table.add("its bytes, GB/s", 1e-9 / max(constants.byte, 1e-15))
     for count, seconds in found["reductions"].items():
@@ -54,7 +62,7 @@ def benchmark(quick: bool = False) -> Report:
     for name, rows in found["solves"].items():
         table = report.table(
             f"{name}: CPU ms an iteration of all devices together, measured and by the model",
-            "devices", "measured", "model", "compute", "halo", "sums", "measured / model",
+            "devices", "measured", "model", "compute", "fixed", "halo", "sums", "measured / model",
         )  # fmt: skip
         ratios: list[float] = []
         for count, seconds, parts in rows:
@@ -74,7 +82,8 @@ def _predict(report: Report, copies: dict[str, float], sums: dict[str, int]) -> 
     points, item = 512, 4
     table = report.table(
         f"prediction for H100s at {points}³, float32 (constants assumed, nothing measured there)",
-        "what", "devices", "blocks", "compute, µs", "halo, µs", "sums, µs", "an iteration, µs",
+        "what", "devices", "blocks", "compute, µs", "launches, µs", "halo, µs", "sums, µs",
+        "an iteration, µs",
         "efficiency",
     )  # fmt: skip
     for name, count in copies.items():
@@ -83,14 +92,14 @@ def _predict(report: Report, copies: dict[str, float], sums: dict[str, int]) -> 
             blocks = (side, side, side)
             if name == "heat":
                 messages, sent = halo_of_cube(points, blocks, item)
-                work = Work(count * item * points**3, messages, sent, sums[name])
+                work = Work(count * item * points**3, KERNELS[name], messages, sent, sums[name])
             else:
                 work = _cycle(points, blocks, item, count, sums[name])
             parts = predict(machine, work, devices)
-            alone = work._replace(messages=0, sent=0, reductions=0)
+            alone = work
             if name != "heat":
                 alone = _cycle(points, (1, 1, 1), item, count, 0)
-            best = predict(machine, alone._replace(messages=0, sent=0), 1).compute / devices
+            best = predict(machine, alone, 1).compute / devices
             table.add(
                 name, devices, "×".join(map(str, blocks)), *(1e6 * part for part in parts),
                 1e6 * parts.total, best / parts.total,
@@ -100,13 +109,12 @@ def _predict(report: Report, copies: dict[str, float], sums: dict[str, int]) -> 
 def _cycle(points: int, blocks: tuple[int, int, int], item: int, copies: float, sums: int) -> Work:
     """An iteration of CG with a V cycle: six applications and two transfers a cut level, and one.
 
-    `copies` are those of a cycle in two dimensions, with 4/3 of the finest grid's points.
+    `copies` are of the field of each level.
     """
     cut, whole = levels_of_cube(points, GATHER_BELOW)
-    per_point = copies * 0.75
     devices = math.prod(blocks)
     # What is gathered is done by every device.
-    copied = item * per_point * (sum(n**3 for n in cut) + devices * sum(n**3 for n in whole))
+    copied = item * copies * (sum(n**3 for n in cut) + devices * sum(n**3 for n in whole))
     messages = sent = 0.0
     for n in cut:
         of_level = halo_of_cube(n, blocks, item)
@@ -115,7 +123,8 @@ def _cycle(points: int, blocks: tuple[int, int, int], item: int, copies: float, 
     messages += sum(count - 1 for count in blocks)
     sent += item * whole[0] ** 3
     first = halo_of_cube(points, blocks, item)
-    return Work(copied, messages + first[0], sent + first[1], sums)
+    launches = KERNELS["poisson"] * (len(cut) + len(whole))
+    return Work(copied, launches, messages + first[0], sent + first[1], sums)
 
 
 GATHER_BELOW = 4096
@@ -128,33 +137,44 @@ def measured(quick: bool) -> dict[str, Any]:
     copy = _copy(2**21 if quick else 2**24)
     message, byte = _messages()
     reductions = {count: _reduction(count) for count in COUNTS[1:]}
-    machine = Machine(copy, message, byte, 0.0, workers=1)
-    solves: dict[str, list[tuple[int, float, Parts]]] = {}
-    beyond: dict[str, int] = {}
-    copies: dict[str, float] = {}
-    all_sums: dict[str, int] = {}
-    cases = {"heat": (_heat, 32 if quick else 64), "poisson": (_poisson, 64 if quick else 512)}
+    machine = Machine(copy, 1.0, message, byte, 0.0, workers=1)
+    found: dict[str, Any] = {
+        "machine": machine, "reductions": reductions, "solves": {}, "beyond": {}, "copies": {},
+        "fixed": {}, "sums": {},
+    }  # fmt: skip
+    cases = {"heat": (_heat, 32 if quick else 64), "poisson": (_poisson, 128 if quick else 512)}
     for name, (make, points) in cases.items():
+        a_byte, fixed = _fitted(make, points)
+        found["copies"][name], found["fixed"][name] = a_byte / copy, fixed
         rows: list[tuple[int, float, Parts]] = []
-        beyond[name] = 0
-        fields = points ** (3 if name == "heat" else 2) * 8
+        beyond = 0
         for count in COUNTS:
             seconds, sends, sums, left_over = _iteration(make, points, count)
-            beyond[name] += left_over
-            if count == 1:
-                copies[name] = seconds / (copy * fields)
-            messages = sum(1 for _ in sends)
+            beyond += left_over
+            cut, whole = make(points, count)[3]
+            # What is gathered is done by every device.
+            unknowns = sum(cut) + count * sum(whole)
             work = Work(
-                copies[name] * fields, messages, sum(sends) / count, sums if count > 1 else 0
-            )
-            all_sums[name] = sums
+                8 * unknowns * a_byte / copy, fixed * len((*cut, *whole)), len(sends),
+                sum(sends) / count, sums if count > 1 else 0,
+            )  # fmt: skip
             here = machine._replace(reduction=reductions.get(count, 0.0))
             rows.append((count, seconds, predict(here, work, count)))
-        solves[name] = rows
-    return {
-        "machine": machine, "reductions": reductions, "solves": solves, "beyond": beyond,
-        "copies": copies, "sums": all_sums,
-    }  # fmt: skip
+            found["sums"][name] = sums
+        found["solves"][name], found["beyond"][name] = rows, beyond
+    return found
+
+
+def _fitted(make: Any, points: int) -> tuple[float, float]:
+    """Seconds of a byte of each level's field, and of a level whatever its size, on one device."""
+    rows: list[list[float]] = []
+    for size in (points // 8, points // 4, points // 2, points):
+        seconds = _iteration(make, size, 1)[0]
+        cut, whole = make(size, 1)[3]
+        # Relative to the time: small and large ones count alike.
+        rows.append([8 * sum((*cut, *whole)) / seconds, len((*cut, *whole)) / seconds])
+    solution = scipy.optimize.nnls(np.array(rows), np.ones(len(rows)))[0]
+    return float(solution[0]), float(solution[1])
 
 
 def _seconds(function: Callable[..., Any], *arguments: Any, rounds: int = ROUNDS) -> float:
@@ -203,16 +223,23 @@ def _reduction(count: int) -> float:
     return _seconds(total, jnp.ones(count)) / REPEATED
 
 
-def _heat(points: int, count: int) -> tuple[Callable[[Any, Any], Any], Any, int]:
+Levels = tuple[list[int], list[int]]
+"""Points of the grids that are cut, and of those that every device holds whole."""
+Case = tuple[Callable[[Any, Any], Any], Any, int, Levels]
+"""A solve of a field to a budget, the field, in what multiples of bytes is sent, and its levels."""
+
+
+def _heat(points: int, count: int) -> Case:
     grid = pde.Grid((points,) * 3)
     mesh = over.device_mesh(devices=jax.devices()[:count])
     stepper = over.partition(pde.Heat(grid, 1.0, 1e-3), mesh)
     u = over.place(np.random.default_rng(0).standard_normal(grid.shape), mesh, "devices")
     surface = over.halo_traffic(stepper.matrix()).total  # pyright: ignore[reportArgumentType]
-    return jax.jit(lambda u, budget: stepper.step(u, budget=budget)), u, surface
+    step = jax.jit(lambda u, budget: stepper.step(u, budget=budget))
+    return step, u, surface, ([grid.size], [])
 
 
-def _poisson(points: int, count: int) -> tuple[Callable[[Any, Any], Any], Any, int]:
+def _poisson(points: int, count: int) -> Case:
     grid = pde.Grid((points, points))
     mesh = over.device_mesh(devices=jax.devices()[:count])
     operator = over.partition(-pde.laplacian(grid), mesh, gather_below=GATHER_BELOW)
@@ -223,15 +250,18 @@ def _poisson(points: int, count: int) -> tuple[Callable[[Any, Any], Any], Any, i
         problem = bl.LinearSystem(operator, f)
         return bl.solve(problem, None, 0 * f, solver=solver, budget=budget).value
 
-    # Rows of the grid's length are all that is sent, on every level.
-    return jax.jit(solve), f, 8
+    levels = pde.Multigrid().hierarchy(operator.operator)  # pyright: ignore[reportArgumentType]
+    sizes = [level.grid.size for level, _ in levels]
+    number = cut_levels(operator.layout, levels)
+    # Rows of a level's length are all that is sent.
+    return jax.jit(solve), f, 8, (sizes[:number], sizes[number:])
 
 
 def _iteration(
-    make: Callable[[int, int], tuple[Callable[[Any, Any], Any], Any, int]], points: int, count: int
+    make: Callable[[int, int], Case], points: int, count: int
 ) -> tuple[float, list[int], int, int]:
     """Seconds of an iteration, the bytes of its messages, its sums, and what is no surface."""
-    function, field, unit = make(points, count)
+    function, field, unit, _ = make(points, count)
     few, many = 2, 10
     budgets = [jax.tree.map(jnp.asarray, bl.Budget(n, 0.0, 0.0)) for n in (few, many)]
     times = [_seconds(function, field, budget) for budget in budgets]

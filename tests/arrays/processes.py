@@ -5,19 +5,27 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 PROGRAM = Path(__file__).with_name("mesh_program.py")
 
 
-def on_devices(what: str, devices: int, *arguments: str, timeout: float = 2000) -> dict[str, Any]:
+class Running(NamedTuple):
+    process: "subprocess.Popen[str]"
+    # Files and no pipes: one that is full would stop a process that the others wait for.
+    out: Any
+    err: Any
+
+
+def on_devices(what: str, devices: int, timeout: float = 900) -> dict[str, Any]:
     """What the program prints, as JSON in its last line, with so many simulated devices."""
-    return _finished([_started([what, *arguments], devices)], timeout)[0]
+    return _finished([_started([what], devices)], timeout)[0]
 
 
-def in_processes(what: str, processes: int, timeout: float = 2000) -> list[dict[str, Any]]:
+def in_processes(what: str, processes: int, timeout: float = 900) -> list[dict[str, Any]]:
     """What each of several processes prints, of one device each, that run the program together.
 
     None is left behind: when one fails, or time is up, the others are killed.
@@ -30,7 +38,7 @@ def in_processes(what: str, processes: int, timeout: float = 2000) -> list[dict[
     )
 
 
-def _started(words: list[str], devices: int) -> "subprocess.Popen[str]":
+def _started(words: list[str], devices: int) -> Running:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     environment = {
         **os.environ,
@@ -38,26 +46,31 @@ def _started(words: list[str], devices: int) -> "subprocess.Popen[str]":
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
-    return subprocess.Popen(
-        [sys.executable, str(PROGRAM), *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+    out, err = (tempfile.TemporaryFile("w+", encoding="utf-8") for _ in range(2))
+    command = [sys.executable, str(PROGRAM), *words]
+    return Running(subprocess.Popen(command, stdout=out, stderr=err, env=environment), out, err)
 
 
-def _finished(running: list["subprocess.Popen[str]"], timeout: float) -> list[dict[str, Any]]:
+def _finished(running: list[Running], timeout: float) -> list[dict[str, Any]]:
     end = time.monotonic() + timeout
-    outputs: list[dict[str, Any]] = []
     try:
-        for process in running:
-            out, err = process.communicate(timeout=max(end - time.monotonic(), 0.1))
-            assert process.returncode == 0, err[-4000:]
-            outputs.append(json.loads(out.splitlines()[-1]))
+        while any(one.process.poll() is None for one in running):
+            failed = [one for one in running if one.process.poll() not in (None, 0)]
+            if failed or time.monotonic() > end:
+                break
+            time.sleep(0.1)
+        codes = [one.process.poll() for one in running]
+        assert codes == [0] * len(running), "\n".join(_read(one.err)[-4000:] for one in running)
+        return [json.loads(_read(one.out).splitlines()[-1]) for one in running]
     finally:
-        for process in running:
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
-    return outputs
+        for one in running:
+            if one.process.poll() is None:
+                one.process.kill()
+                one.process.wait()
+            one.out.close()
+            one.err.close()
+
+
+def _read(file: Any) -> str:
+    file.seek(0)
+    return file.read()
