@@ -46,7 +46,7 @@ def _started(words: list[str], devices: int) -> Running:
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
-    out, err = (tempfile.TemporaryFile("w+", encoding="utf-8") for _ in range(2))
+    out, err = (tempfile.TemporaryFile("w+", encoding="utf-8") for _ in range(2))  # noqa: SIM115
     command = [sys.executable, str(PROGRAM), *words]
     return Running(subprocess.Popen(command, stdout=out, stderr=err, env=environment), out, err)
 
