@@ -21,6 +21,7 @@ BENCHMARKS = {
     "long_runs": "10,000 updates: memory, and what history and checkpoints cost",
     "torch_bridge": "a solve called from PyTorch against the same call in JAX",
     "gpu": "on a GPU: a stencil's bandwidth, what refinement saves, time against the CPU",
+    "sharded": "grids cut over simulated devices: halos and sums, against a model of both",
     "published": "figures from the literature, reproduced",
 }
 

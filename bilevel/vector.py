@@ -75,15 +75,13 @@ def where(condition: Array, x: V, y: V) -> V:
 
 def dot(x: PyTree, y: PyTree) -> Array:
     """Re⟨x, y⟩, the inner product of the space seen as a real one."""
-    return _sum(
-        jnp.vdot(a, b).real if jnp.iscomplexobj(a) or jnp.iscomplexobj(b) else jnp.vdot(a, b)
-        for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
-    )
+    products = (_dot(a, b) for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True))
+    return _sum(product.real if jnp.iscomplexobj(product) else product for product in products)
 
 
 def complex_dot(x: PyTree, y: PyTree) -> Array:
     """⟨x, y⟩ with x conjugated."""
-    return _sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True))
+    return _sum(_dot(a, b) for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True))
 
 
 def norm(x: PyTree) -> Float[Array, ""]:
@@ -144,6 +142,14 @@ def epsilon(x: PyTree) -> float:
     """The distance from 1 to the next number of the coarsest dtype among the leaves."""
     leaves = jax.tree.leaves(x)
     return max((float(jnp.finfo(leaf.dtype).eps) for leaf in leaves), default=0.0)
+
+
+def _dot(a: Array, b: Array) -> Array:
+    """The inner product of two arrays, without making vectors of them.
+
+    `jnp.vdot` does, and an array cut over several devices along two axes is gathered for that.
+    """
+    return jnp.tensordot(jnp.conj(a) if jnp.iscomplexobj(a) else a, b, axes=a.ndim)
 
 
 def _cast(factor: Array | float, leaf: Array) -> Array:

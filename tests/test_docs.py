@@ -64,6 +64,7 @@ def same(printed: str, promised: str) -> None:
         pytest.param("pde.md", marks=pytest.mark.slow),
         pytest.param("solvers.md", marks=pytest.mark.slow),
         pytest.param("arrays.md", marks=[pytest.mark.slow, needs_torch]),
+        pytest.param("devices.md", marks=pytest.mark.slow),
     ],
 )
 def test_code_of_a_page_runs_and_prints_what_it_says(

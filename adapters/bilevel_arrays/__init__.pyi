@@ -1,5 +1,6 @@
 # The public names of bilevel_arrays, one line each; `__init__.py` imports them when they are used.
 
+from . import mesh as mesh
 from . import torch as torch
 from .problem import FixedPoint as FixedPoint
 from .problem import LinearSystem as LinearSystem

@@ -61,6 +61,8 @@ class Diffusion(Operator):
 
     grid: Grid = eqx.field(static=True)
     faces: Pieces
+    points: Pieces | None
+    mean: Mean = eqx.field(static=True)
     reaction: Pieces
     row_weights: bool = eqx.field(static=True)
     definiteness: Definiteness = eqx.field(static=True)
@@ -86,6 +88,11 @@ class Diffusion(Operator):
         self.faces = tuple(
             _on_faces(grid, k, axis, at=at, mean=mean) for axis, k in enumerate(given)
         )
+        # Who cuts the grid into blocks makes the faces of each from the points of its neighbours.
+        self.points = None
+        if at == "points":
+            self.points = tuple(folding.piece(grid, k, f"of axis {a}") for a, k in enumerate(given))
+        self.mean = mean
         self.row_weights = False
         self.reaction = ()
         if reaction is not None:
@@ -100,12 +107,15 @@ class Diffusion(Operator):
         reaction: Pieces,
         definiteness: Definiteness,
         *,
+        points: Pieces | None = None,
         row_weights: bool | None = None,
     ) -> "Diffusion":
         made = object.__new__(Diffusion)
         values = {
             "grid": self.grid,
             "faces": faces,
+            "points": points,
+            "mean": self.mean,
             "reaction": folding.merge(self.grid, reaction) if reaction else (),
             "row_weights": self.row_weights if row_weights is None else row_weights,
             "definiteness": definiteness,
@@ -148,7 +158,7 @@ class Diffusion(Operator):
         for piece in self.reaction:
             total += piece.astype(dtype) * v
         for axis in range(self.grid.ndim):
-            scale = self._row_scale(axis)
+            scale = self.row_scale(axis)
             field = v if scale is None or not transpose else scale.astype(dtype) * v
             low, high = (k.astype(dtype) for k in self._conductances(axis))
             flux = low * (field - self._moved(field, axis, -1))
@@ -166,7 +176,7 @@ class Diffusion(Operator):
         for piece in self.reaction:
             total += piece
         for axis in range(self.grid.ndim):
-            scale = self._row_scale(axis)
+            scale = self.row_scale(axis)
             low, high = self._conductances(axis)
             total += low + high if scale is None else scale * (low + high)
         return total
@@ -206,7 +216,7 @@ class Diffusion(Operator):
         centre = (0,) * grid.ndim
         terms: dict[tuple[int, ...], Pieces] = {centre: self.reaction}
         for axis in range(grid.ndim):
-            scale = self._row_scale(axis)
+            scale = self.row_scale(axis)
             for step, k in zip((-1, 1), self._conductances(axis), strict=True):
                 coupling = k if scale is None else k * scale
                 terms[centre] = (*terms[centre], coupling)
@@ -225,7 +235,7 @@ class Diffusion(Operator):
         if not known.symmetric:
             known = Definiteness(True, _sign_by_sides(self.grid), known.singular)
             known = known if not reaction and self._is_positive() else known._replace(sign=None)
-        return self._with(self.faces, reaction, known, row_weights=True)
+        return self._with(self.faces, reaction, known, points=self.points, row_weights=True)
 
     def unweighted(self) -> "Diffusion":
         """A of W A, as `weighted()` made it."""
@@ -237,7 +247,7 @@ class Diffusion(Operator):
         uniform = all(bool(np.all(weight == 1)) for weight in self.grid.weights())
         known = self.definiteness
         known = known if uniform else Definiteness(False, None, known.singular)
-        return self._with(self.faces, reaction, known, row_weights=False)
+        return self._with(self.faces, reaction, known, points=self.points, row_weights=False)
 
     def _is_positive(self) -> bool:
         """Whether no face is known to be negative; a traced one is taken to be positive."""
@@ -254,7 +264,8 @@ class Diffusion(Operator):
         if isinstance(other, Stencil) and other.grid == self.grid:
             if not other.sides and other.offsets == ((0,) * self.grid.ndim,):
                 definiteness = self.definiteness.plus(other.definiteness)
-                return self._with(self.faces, self.reaction + other.coefficients[0], definiteness)
+                reaction = self.reaction + other.coefficients[0]
+                return self._with(self.faces, reaction, definiteness, points=self.points)
             return self.stencil() + other
         return super().__add__(other)
 
@@ -267,6 +278,7 @@ class Diffusion(Operator):
             tuple(k * number for k in self.faces),
             tuple(piece * number for piece in self.reaction),
             self.definiteness.scaled(number),
+            points=None if self.points is None else tuple(k * number for k in self.points),
         )
 
     def _moved(self, v: Array, axis: int, step: int) -> Array:
@@ -274,22 +286,26 @@ class Diffusion(Operator):
         periodic = tuple(self.grid.is_periodic(d) for d in range(ndim))
         return shift(v, tuple(step * int(d == axis) for d in range(ndim)), periodic)
 
-    def _conductances(self, axis: int) -> tuple[Any, Any]:
-        """For each point k/h² of the faces below and above, that of sides by their condition."""
+    def face_factors(self, axis: int) -> tuple[Any, Any]:
+        """The coefficient on the faces across an axis, and 1/h² with what sides make of it."""
         grid = self.grid
         scale = np.full(grid.face_shape(axis)[axis], grid.spacing[axis] ** -2)
         for side in (0, 1):
             ghost = grid.ghost(axis, side)
             if ghost is not None:
                 scale[-side] *= ghost.conductance
-        line = grid.line(axis, scale)
-        k = self.faces[axis]
+        return self.faces[axis], grid.line(axis, scale)
+
+    def _conductances(self, axis: int) -> tuple[Any, Any]:
+        """For each point k/h² of the faces below and above, that of sides by their condition."""
+        grid = self.grid
+        k, line = self.face_factors(axis)
         return (
             below(grid, k, axis) * below(grid, line, axis),
             above(grid, k, axis) * (line if grid.is_periodic(axis) else above(grid, line, axis)),
         )
 
-    def _row_scale(self, axis: int) -> Any:
+    def row_scale(self, axis: int) -> Any:
         """What the fluxes of an axis are multiplied with in each row; `None` for one."""
         weights = self.grid.weights()
         factors = [1.0 / weights[axis]]
@@ -316,7 +332,7 @@ class Diffusion(Operator):
                 return array[(slice(None),) * axis + (rows,)]
 
             factor = np.asarray(-ghost.flux_source / grid.spacing[axis] ** 2, grid.dtype)
-            scale = self._row_scale(axis)
+            scale = self.row_scale(axis)
             if scale is not None:
                 factor = factor * outermost(scale)
             sources[axis, side] = (outermost(self.faces[axis]) * factor,)

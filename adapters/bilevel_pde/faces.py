@@ -33,22 +33,29 @@ def to_faces(
     field = jnp.broadcast_to(jnp.asarray(field, grid.dtype), grid.shape)
     step = tuple(-int(d == axis) for d in range(grid.ndim))
     if grid.is_periodic(axis):
-        return _mean(shift(field, step, (True,) * grid.ndim), field, mean)
+        return mean_of(shift(field, step, (True,) * grid.ndim), field, mean)
 
     def points(start: int | None, stop: int | None) -> Array:
         return field[(slice(None),) * axis + (slice(start, stop),)]
 
-    inner = _mean(points(None, -1), points(1, None), mean)
-    ends: list[Array] = []
+    inner = mean_of(points(None, -1), points(1, None), mean)
     outermost = ((points(0, 1), points(1, 2)), (points(-1, None), points(-2, -1)))
-    for side, (first, second) in enumerate(outermost):
-        on_boundary = grid.centering[axis] == "vertex" and grid.boundary[axis][side].on_boundary
-        if on_boundary or grid.shape[axis] == 1 or mean == "harmonic":
-            ends.append(first)
-        else:
-            end = 1.5 * first - 0.5 * second
-            ends.append(jnp.maximum(end, 0.5 * first) if positive else end)
+    ends = [
+        on_side(grid, axis, side, first, second, mean, positive=positive)
+        for side, (first, second) in enumerate(outermost)
+    ]
     return jnp.concatenate([ends[0], inner, ends[1]], axis)
+
+
+def on_side(
+    grid: Grid, axis: int, side: int, first: Any, second: Any, mean: Mean, *, positive: bool
+) -> Any:
+    """A field on the face at a side, from its outermost value and the next one inwards."""
+    on_boundary = grid.centering[axis] == "vertex" and grid.boundary[axis][side].on_boundary
+    if on_boundary or grid.shape[axis] == 1 or mean == "harmonic":
+        return first
+    end = 1.5 * first - 0.5 * second
+    return jnp.maximum(end, 0.5 * first) if positive else end
 
 
 def below(grid: Grid, faces: Any, axis: int) -> Any:
@@ -68,7 +75,8 @@ def above(grid: Grid, faces: Any, axis: int) -> Any:
     return faces[(slice(None),) * axis + (slice(1, None),)]
 
 
-def _mean(a: Array, b: Array, mean: Mean) -> Array:
+def mean_of(a: Array, b: Array, mean: Mean) -> Array:
+    """The mean on the face between two points."""
     if mean == "arithmetic":
         return 0.5 * (a + b)
     total = a + b

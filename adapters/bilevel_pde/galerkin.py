@@ -43,17 +43,17 @@ class Interpolation(eqx.Module):
 
     def prolong(self, field: Array) -> Array:
         """A field of the coarse grid interpolated to the fine one."""
-        total = _placed(self.grid, self.axes, field, (0,) * self.grid.ndim)
+        total = placed(self.grid, self.axes, field, (0,) * self.grid.ndim)
         by_kind: dict[Offset, Any] = {}
         for direction, part in self.parts.items():
             seen = field
             for axis in self.axes:
                 if direction[axis]:
-                    seen = _seen(self.grid, seen, axis, direction[axis])
+                    seen = seen_from(self.grid, seen, axis, direction[axis])
             kind = tuple(abs(step) for step in direction)
             by_kind[kind] = by_kind.get(kind, 0.0) + part.astype(seen.dtype) * seen
         for kind, values in by_kind.items():
-            total = total + _placed(self.grid, self.axes, values, kind)
+            total = total + placed(self.grid, self.axes, values, kind)
         return total
 
     def restrict(self, field: Array) -> Array:
@@ -163,43 +163,54 @@ def galerkin(operator: Stencil, axes: tuple[int, ...]) -> tuple[Stencil, Interpo
 def _below(grid: Grid, axes: tuple[int, ...]) -> Grid:
     """The grid of coarse points; conditions on its sides are in its stencil."""
     shape = tuple(
-        len(range(_start(grid, axis), points, 2)) if axis in axes else points
+        len(range(start_of(grid, axis), points, 2)) if axis in axes else points
         for axis, points in enumerate(grid.shape)
     )
     # Cells all have the same volume.
     centering: tuple[Centering, ...] = tuple(
-        "vertex" if grid.is_periodic(axis) or _start(grid, axis) else "cell"
+        "vertex" if grid.is_periodic(axis) or start_of(grid, axis) else "cell"
         for axis in range(grid.ndim)
     )
     return Grid(shape, grid.extent, grid.boundary, centering, grid.origin, grid.dtype)
 
 
-def _start(grid: Grid, axis: int) -> int:
+def start_of(grid: Grid, axis: int) -> int:
     """The first coarse point: not the one next to a vertex whose value is prescribed."""
     held = all(isinstance(side, Dirichlet) for side in grid.boundary[axis])
     return int(held and grid.centering[axis] == "vertex")
 
 
-def _placed(grid: Grid, axes: tuple[int, ...], field: Array, kind: Offset) -> Array:
-    """Values at coarse points, or along axes of the kind 1 at those between, on the fine grid."""
+def placed(
+    grid: Grid,
+    axes: tuple[int, ...],
+    field: Array,
+    kind: Offset,
+    shape: tuple[int, ...] | None = None,
+) -> Array:
+    """Values at coarse points, or along axes of the kind 1 at those between, on the fine grid.
+
+    **Arguments:**
+
+    - `shape`: of the fine field, where it is a part of the grid's.
+    """
     widths = [(0, 0, 0)] * grid.ndim
     for axis in axes:
-        first = (_start(grid, axis) + kind[axis]) % 2
+        first = (start_of(grid, axis) + kind[axis]) % 2
         last = first + 2 * (field.shape[axis] - 1)
-        widths[axis] = (first, grid.shape[axis] - 1 - last, 1)
+        widths[axis] = (first, (shape or grid.shape)[axis] - 1 - last, 1)
     return jax.lax.pad(field, np.zeros((), field.dtype), widths)
 
 
 def _taken(grid: Grid, axes: tuple[int, ...], field: Array, direction: Offset) -> Array:
     slices = [slice(None)] * grid.ndim
     for axis in axes:
-        slices[axis] = slice((_start(grid, axis) + direction[axis]) % 2, None, 2)
+        slices[axis] = slice((start_of(grid, axis) + direction[axis]) % 2, None, 2)
     return field[tuple(slices)]
 
 
-def _seen(grid: Grid, field: Array, axis: int, step: int) -> Array:
+def seen_from(grid: Grid, field: Array, axis: int, step: int) -> Array:
     """For the points between coarse ones along an axis, the coarse ones before or behind them."""
-    fewer, start = field.shape[axis], _start(grid, axis)
+    fewer, start = field.shape[axis], start_of(grid, axis)
     move = -start if step < 0 else 1 - start
     if grid.is_periodic(axis) and move:
         offset = tuple(move * int(d == axis) for d in range(grid.ndim))

@@ -25,12 +25,12 @@ def grid_colours(
 
     **Returns:** an integer for each point, from 0, of the grid's shape, and how many there are.
     """
-    lines, count = _rules(shape, periodic, offsets)
+    lines, count = colour_lines(shape, periodic, offsets)
     return functools.reduce(np.add.outer, lines).astype(np.int32) % count, count
 
 
 @functools.lru_cache(maxsize=256)
-def _rules(
+def colour_lines(
     shape: tuple[int, ...], periodic: tuple[bool, ...], offsets: tuple[Offset, ...]
 ) -> tuple[tuple[np.ndarray, ...], int]:
     """Numbers along each axis whose sums, by remainders of a count, are the colours."""

@@ -15,17 +15,22 @@ from bilevel.solver.base import IncompatibleError
 from bilevel.solver.parameter import whole
 from bilevel_pde.coarsening import NEAR, Transfer, coarse_grid, coarsen, strong
 from bilevel_pde.diffusion import Diffusion
-from bilevel_pde.galerkin import FEWEST, Interpolation, galerkin
+from bilevel_pde.galerkin import FEWEST, galerkin
 from bilevel_pde.grid import Grid
 from bilevel_pde.materialise import materialise
 from bilevel_pde.mean_shift import shifted_operator, with_mean
 from bilevel_pde.operator import Operator
 from bilevel_pde.smoother import ChebyshevSmoother, GaussSeidel, Smoother, grid_of
+from bilevel_pde.source import own_way
 from bilevel_pde.stencil import Stencil
 from bilevel_pde.weighting import as_discretised, volume_shares, without_mean
 
 Cycle = Literal["V", "W", "F"]
 Coarse = Literal["rediscretised", "galerkin"]
+Levels = list[tuple[Any, Any]]
+"""Operators from the finest grid to the coarsest, each with its transfer to the next one."""
+Descent = Callable[["Multigrid", Smoother, Stencil | Diffusion], Callable[[Array], Array]]
+"""What makes the bare cycle of an operator as it was discretised."""
 
 DENSE = 729
 """The most unknowns of the coarsest grid, whose inverse is formed."""
@@ -111,26 +116,41 @@ class Multigrid(eqx.Module):
         coarsest grid is too large.
         """
         del x
+        inverse_of = own_way(problem, "multigrid_inverse")
+        if inverse_of is not None:
+            return inverse_of(self, problem)
         operator, factor = shifted_operator(problem, "Multigrid")
         inverse = self.inverse(operator)
         return inverse if factor is None else with_mean(operator, factor, inverse)
 
-    def inverse(self, operator: Stencil | Diffusion) -> Callable[[Array], Array]:
-        """The cycle of an operator, v -> M⁻¹ v."""
+    def inverse(
+        self, operator: Stencil | Diffusion, descent: Descent | None = None
+    ) -> Callable[[Array], Array]:
+        """The cycle of an operator, v -> M⁻¹ v.
+
+        **Arguments:**
+
+        - `descent`: descent(multigrid, smoother, operator) -> the bare cycle v -> M⁻¹ v of an
+            operator as it was discretised; by default that of this grid's `levels_of`.
+        """
         symmetric = operator.symmetric is True
-        return as_discretised(operator, partial(self._inverse, symmetric=symmetric))
+        found = _descent if descent is None else descent
+        return as_discretised(operator, partial(self._inverse, found, symmetric=symmetric))
+
+    def levels_of(self, operator: Stencil | Diffusion) -> tuple[Levels, Float[Array, "n n"]]:
+        """The hierarchy of an operator, and the inverse on its coarsest grid."""
+        hierarchy = self.hierarchy(operator)
+        return hierarchy, _inverse(hierarchy[-1][0], singular=operator.singular)
 
     def _inverse(
-        self, operator: Stencil | Diffusion, *, symmetric: bool
+        self, descent: Descent, operator: Stencil | Diffusion, *, symmetric: bool
     ) -> Callable[[Array], Array]:
         """The cycle of an operator as it was discretised."""
         smoother = self.smoother
         if smoother is None:
             even = symmetric or _is_self_adjoint(operator)
             smoother = ChebyshevSmoother() if even else GaussSeidel()
-        hierarchy = self.hierarchy(operator)
-        coarsest = _inverse(hierarchy[-1][0], singular=operator.singular)
-        visits = 1 if self.cycle == "V" else 2
+        bare = descent(self, smoother, operator)
         grid = operator.grid
         volumes = grid.weights() if self.coarse == "galerkin" else ()
 
@@ -139,14 +159,26 @@ class Multigrid(eqx.Module):
             v = without_mean(grid, v) if operator.singular else v
             for volume in volumes:
                 v = v if np.all(volume == 1) else v * volume.astype(v.dtype)
-            v = self._cycle(smoother, hierarchy, coarsest, 0, v, visits)
+            v = bare(v)
             return without_mean(grid, v) if operator.singular else v
 
         return cycle
 
-    def hierarchy(
-        self, operator: Stencil | Diffusion
-    ) -> list[tuple[Operator, Transfer | Interpolation | None]]:
+    def descend(
+        self, smoother: Smoother, hierarchy: Levels, coarsest: Float[Array, "n n"], b: Array
+    ) -> Array:
+        """One cycle for A x = b, started at zero.
+
+        **Arguments:**
+
+        - `hierarchy`: from the finest grid to the coarsest operators, and what has `restrict` and
+            `prolong` between the fields of each and of the next.
+        - `coarsest`: the inverse on the coarsest grid.
+        """
+        visits = 1 if self.cycle == "V" else 2
+        return self._cycle(smoother, hierarchy, coarsest, 0, b, visits)
+
+    def hierarchy(self, operator: Stencil | Diffusion) -> Levels:
         """The operators from the finest grid to the coarsest, with the transfers between them.
 
         For Galerkin operators all of them are multiplied with control volumes.
@@ -207,7 +239,7 @@ class Multigrid(eqx.Module):
     def _cycle(
         self,
         smoother: Smoother,
-        hierarchy: list[tuple[Operator, Transfer | Interpolation | None]],
+        hierarchy: Levels,
         coarsest: Float[Array, "n n"],
         level: int,
         b: Array,
@@ -236,6 +268,13 @@ class Multigrid(eqx.Module):
             correction = jax.lax.fori_loop(0, visits, correct, jnp.zeros_like(coarse))
         x = materialise(x + transfer.prolong(correction))
         return materialise(smoother.sweep(operator, x, b, backward=True))
+
+
+def _descent(
+    multigrid: Multigrid, smoother: Smoother, operator: Stencil | Diffusion
+) -> Callable[[Array], Array]:
+    hierarchy, coarsest = multigrid.levels_of(operator)
+    return partial(multigrid.descend, smoother, hierarchy, coarsest)
 
 
 def _is_self_adjoint(operator: Stencil | Diffusion) -> bool:

@@ -1,6 +1,7 @@
 """Smoothers: cheap iterations that take out what changes from point to point."""
 
 import abc
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -18,7 +19,7 @@ from bilevel_pde.grid import Grid
 from bilevel_pde.grid_colours import grid_colours
 from bilevel_pde.materialise import materialise
 from bilevel_pde.operator import Operator
-from bilevel_pde.source import grid_operator, source_operator
+from bilevel_pde.source import grid_operator, own_way, source_operator
 from bilevel_pde.stencil import Stencil
 
 
@@ -43,6 +44,9 @@ class Smoother(eqx.Module):
         `ValueError` for one with a zero on its diagonal, where that can be seen.
         """
         del x
+        smoothed = own_way(problem, "smoothed")
+        if smoothed is not None and getattr(self, "colours", None) is None:
+            return partial(smoothed, self)
         operator = self._operator(problem)
         self.examine(operator)
         return lambda v: self.sweep(operator, None, v, backward=False)
@@ -308,8 +312,12 @@ class ChebyshevSmoother(Smoother):
         return found
 
 
-def _colours(operator: Operator) -> tuple[np.ndarray, int]:
+def _colours(operator: Operator) -> tuple[Any, int]:
     """Colours of the points of an operator on a grid, and how many."""
+    own: Any = getattr(operator, "colours", None)
+    if callable(own):
+        found: Any = own()
+        return found
     grid = grid_of(operator)
     axes = range(grid.ndim)
     if isinstance(operator, Stencil):
@@ -323,12 +331,13 @@ def _colours(operator: Operator) -> tuple[np.ndarray, int]:
 def _scale_of(operator: Operator) -> Array:
     """A diagonal D such that D⁻¹A has eigenvalues of at most 2, for smoothers that need it."""
     diagonal = diagonal_of(operator)
-    if not isinstance(operator, Stencil) or all(
-        sum(step != 0 for step in offset) <= 1 for offset in operator.offsets
-    ):
+    stencil: Any = operator
+    has_coefficients = callable(getattr(operator, "coefficient", None))
+    offsets: tuple[tuple[int, ...], ...] = stencil.offsets if has_coefficients else ()
+    if all(sum(step != 0 for step in offset) <= 1 for offset in offsets):
         # Along the axes differences are as large as their diagonal.
         return diagonal
-    sizes = sum(jnp.abs(operator.coefficient(offset)) for offset in operator.offsets)
+    sizes = sum(jnp.abs(stencil.coefficient(offset)) for offset in offsets)
     return jnp.sign(diagonal) * jnp.maximum(jnp.abs(diagonal), 0.5 * sizes)
 
 

@@ -34,6 +34,19 @@ def exact_source(source: Any) -> Any:
     return source.exact if isinstance(source, Near) else source
 
 
+def own_way(problem: BoundProblem, name: str) -> Any:
+    """The method of a problem's operator that does a preconditioner's work in a way of its own.
+
+    An operator whose fields are cut into blocks on several devices has
+    `multigrid_inverse(multigrid, problem)`, which returns v -> M⁻¹ v, and `smoothed(smoother, v)`.
+
+    **Returns:** `None` where there is none.
+    """
+    source = None if problem.operator is None else problem.operator.source
+    found = getattr(source, name, None)
+    return found if isinstance(source, Operator) and callable(found) else None
+
+
 def source_operator(problem: BoundProblem, name: str) -> Operator:
     """The operator that the problem's linear system was given, or one near it.
 

@@ -1,7 +1,8 @@
 """The θ-method: linear evolution equations, stepped implicitly."""
 
 import abc
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, Self
 
 import equinox as eqx
 from jaxtyping import Array
@@ -32,6 +33,7 @@ class ThetaMethod(Stepper):
     scheme: Scheme = eqx.field(static=True)
     forcing: Array | None
     boundary_values: dict[tuple[int, int], Array]
+    arrangement: Callable[[Operator], Operator] | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -52,6 +54,7 @@ class ThetaMethod(Stepper):
             raise ValueError(msg)
         self.grid = grid
         self.scheme = scheme
+        self.arrangement = None
         self.solver = solver
         self.estimator = default_estimator(solver) if estimator is None else estimator
         self.dt = self._checked("dt", dt)
@@ -65,7 +68,18 @@ class ThetaMethod(Stepper):
     def matrix(self) -> Operator:
         """I + s dt L, what a step solves with."""
         system = identity(self.grid) + self._share * self.dt * self.spatial()
-        return system.weighted() if self._is_weighted else system  # pyright: ignore[reportAttributeAccessIssue]
+        system = system.weighted() if self._is_weighted else system  # pyright: ignore[reportAttributeAccessIssue]
+        return system if self.arrangement is None else self.arrangement(system)
+
+    def arranged(self, arrangement: Callable[[Operator], Operator]) -> Self:
+        """The stepper with operators that something is made of, such as blocks on many devices.
+
+        **Arguments:**
+
+        - `arrangement`: operator -> operator, hashable; it changes where numbers are, not what
+            they are.
+        """
+        return self._with(arrangement=arrangement)
 
     def problem(self) -> LinearSystem:
         """The linear system of a step; its θ is (stepper, u)."""
@@ -98,7 +112,8 @@ class ThetaMethod(Stepper):
         if self.forcing is not None:
             change += self.forcing
         if self.scheme == "crank_nicolson":
-            change -= 0.5 * spatial.matvec(u)
+            arranged = spatial if self.arrangement is None else self.arrangement(spatial)
+            change -= 0.5 * arranged.matvec(u)
         total = u + self.dt * change
         if self._is_weighted:
             for weight in self.grid.weights():

@@ -35,7 +35,11 @@ class AxisTransfer:
         """Interpolate a coarse field to the fine points of the axis."""
         if self.nested is None:
             return _looked_up(coarse, *self._table, axis)
-        extended = self._extended(coarse, axis)
+        return self.spread(self._extended(coarse, axis), axis)
+
+    def spread(self, extended: Array, axis: int) -> Array:
+        """Interpolate a coarse field that has one point more on either side, if `nested`."""
+        assert self.nested is not None
         total: Array | None = None
         for shift, weight in self.nested:
             # A coarse point j sits at the fine one 2 j + shift; the first is j = -1.
@@ -48,14 +52,14 @@ class AxisTransfer:
 
     def restrict(self, fine: Array, axis: int) -> Array:
         """The adjoint of `prolong`, scaled so that a constant stays one: full weighting."""
-        weights = self._weights(self.fine)
+        weights = self.weights(self.fine)
         if weights is not None:
             fine = _times(fine, weights, axis)
         if self.nested is None:
             coarse = 0.5 * _looked_up(fine, *self._transposed_table, axis)
         else:
             coarse = 0.5 * self._gathered(fine, axis)
-        weights = self._weights(self.coarse)
+        weights = self.weights(self.coarse)
         return coarse if weights is None else _times(coarse, 1.0 / weights, axis)
 
     @property
@@ -99,7 +103,7 @@ class AxisTransfer:
         if "wrap" in self.sides:
             return inner + _pad(high, axis, 0, rest, 0) + _pad(low, axis, rest, 0, 0)
         for part, index, place in ((low, 0, 0), (high, 1, rest)):
-            factor = self._reflection(self.sides[index])
+            factor = self.reflection(self.sides[index])
             if factor:
                 inner = inner + factor * _pad(part, axis, place, rest - place, 0)
         return inner
@@ -111,17 +115,17 @@ class AxisTransfer:
         if "wrap" in self.sides:
             low, high = last, first
         else:
-            low = self._reflection(self.sides[0]) * first
-            high = self._reflection(self.sides[1]) * last
+            low = self.reflection(self.sides[0]) * first
+            high = self.reflection(self.sides[1]) * last
         return jnp.concatenate([low, coarse, high], axis)
 
-    def _reflection(self, side: Side) -> float:
+    def reflection(self, side: Side) -> float:
         """What a point beyond the side is, as a part of the last one before it."""
         if not self.cells:
             return 0.0
         return -1.0 if side == "value" else 1.0
 
-    def _weights(self, count: int) -> np.ndarray | None:
+    def weights(self, count: int) -> np.ndarray | None:
         """Shares of a cell that points stand for: half at a vertex on the boundary."""
         if self.cells or "slope" not in self.sides:
             return None
@@ -136,6 +140,15 @@ class AxisTransfer:
         cells = intervals(count, self.sides, cells=self.cells)
         first = 0.5 if self.cells else float(self.sides[0] == "value")
         return (np.arange(count) + first) / cells
+
+    def tables(self) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+        """Indices and weights, a row a point, by which `prolong` and `restrict` look up fields."""
+        indices, weights = self._transposed_table
+        factor = np.full(self.coarse, 0.5)
+        of_fine, of_coarse = self.weights(self.fine), self.weights(self.coarse)
+        if of_fine is not None and of_coarse is not None:
+            weights, factor = weights * of_fine[indices], factor / of_coarse
+        return self._table, (indices, weights * factor[:, None])
 
     @property
     def _table(self) -> tuple[np.ndarray, np.ndarray]:
@@ -152,7 +165,7 @@ class AxisTransfer:
             (0, indices < 0, 0),
             (1, indices >= self.coarse, self.coarse - 1),
         ):
-            reflection = self._reflection(self.sides[index])
+            reflection = self.reflection(self.sides[index])
             weights = np.where(outside, reflection * weights, weights)
             indices = np.where(outside, last, indices)
         return indices, weights
