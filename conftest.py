@@ -8,7 +8,11 @@ import pytest
 
 # Without PyTorch these cannot be imported.
 collect_ignore = (
-    ["adapters/bilevel_arrays/torch", "adapters/bilevel_arrays/torch_solution.py"]
+    [
+        "adapters/bilevel_arrays/torch",
+        "adapters/bilevel_arrays/torch_solution.py",
+        "adapters/bilevel_arrays/torch_watch.py",
+    ]
     if importlib.util.find_spec("torch") is None
     else []
 )
