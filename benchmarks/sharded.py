@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.optimize
 from jax.sharding import PartitionSpec as P
 
 import bilevel as bl
@@ -41,7 +40,19 @@ H100 = {
 way, and InfiniBand between nodes; latencies are assumed, not measured."""
 
 KERNELS = {"heat": 8, "poisson": 20}
-"""Kernels of an iteration on a GPU, of a cycle on each level: assumed, too."""
+"""Kernels of an iteration of CG on a GPU, and of a cycle on each level: counted by hand."""
+
+PASSES = {"heat": 6.5, "poisson": 25.0}
+"""Copies of a field that these cost where memory is what limits: counted by hand, too."""
+
+STEPS = {"heat": (2, 42), "poisson": (2, 10)}
+"""Iterations of the two solves whose difference is timed."""
+
+
+Levels = tuple[list[int], list[int]]
+"""Points of the grids that are cut, and of those that every device holds whole."""
+Case = tuple[Callable[[Any, Any], Any], Any, int, Levels]
+"""A solve of a field to a budget, the field, in what multiples of bytes is sent, and its levels."""
 
 
 def benchmark(quick: bool = False) -> Report:
@@ -49,16 +60,17 @@ def benchmark(quick: bool = False) -> Report:
     report = Report("sharded")
     report.say("simulated devices")
     found: dict[str, Any] = harness.apart(measured, quick, flags=FLAGS)
-    constants: Machine = found["machine"]
-    table = report.table("constants of this machine", "what", "value")
-    table.add("copy, GB/s read and written", 2e-9 / constants.copy)
+    table = report.table("constants of this machine, CPU time", "what", "value")
     for name, count in found["copies"].items():
         table.add(f"{name}: an iteration costs so many copies of each level's field", count)
-        table.add(f"{name}: and so many µs a level whatever its size", 1e6 * found["fixed"][name])
-    table.add("message between simulated devices, µs", 1e6 * constants.message)
-    table.add("its bytes, GB/s", 1e-9 / max(constants.byte, 1e-15))
-    for count, seconds in found["reductions"].items():
-        table.add(f"sum over {count} devices, µs", 1e6 * seconds)
+        table.add(
+            f"{name}: and so many µs a level that is hardly there", 1e6 * found["fixed"][name]
+        )
+    for count, machine in found["machines"].items():
+        if count > 1:
+            table.add(f"a message among {count} devices, µs", 1e6 * machine.message)
+            table.add("and its bytes, GB/s", 1e-9 / max(machine.byte, 1e-15))
+            table.add(f"a sum over {count} devices, µs", 1e6 * machine.reduction)
     for name, rows in found["solves"].items():
         table = report.table(
             f"{name}: CPU ms an iteration of all devices together, measured and by the model",
@@ -74,11 +86,11 @@ def benchmark(quick: bool = False) -> Report:
         limit = 1e9 if quick else 2.0
         report.check(f"{name}: model and measurement, at most apart by", apart, limit)
         report.check(f"{name}: bytes sent that are not the surface", found["beyond"][name], 0)
-    _predict(report, found["copies"], found["sums"])
+    _predict(report, found["sums"])
     return report
 
 
-def _predict(report: Report, copies: dict[str, float], sums: dict[str, int]) -> None:
+def _predict(report: Report, sums: dict[str, int]) -> None:
     points, item = 512, 4
     table = report.table(
         f"prediction for H100s at {points}³, float32 (constants assumed, nothing measured there)",
@@ -86,7 +98,7 @@ def _predict(report: Report, copies: dict[str, float], sums: dict[str, int]) -> 
         "an iteration, µs",
         "efficiency",
     )  # fmt: skip
-    for name, count in copies.items():
+    for name, count in PASSES.items():
         for devices, machine in H100.items():
             side = round(devices ** (1 / 3))
             blocks = (side, side, side)
@@ -109,12 +121,13 @@ def _predict(report: Report, copies: dict[str, float], sums: dict[str, int]) -> 
 def _cycle(points: int, blocks: tuple[int, int, int], item: int, copies: float, sums: int) -> Work:
     """An iteration of CG with a V cycle: six applications and two transfers a cut level, and one.
 
-    `copies` are of the field of each level.
+    `copies` are of the field of each level, and those of CG on the finest one.
     """
     cut, whole = levels_of_cube(points, GATHER_BELOW)
     devices = math.prod(blocks)
     # What is gathered is done by every device.
-    copied = item * copies * (sum(n**3 for n in cut) + devices * sum(n**3 for n in whole))
+    copied = item * PASSES["heat"] * points**3
+    copied += item * copies * (sum(n**3 for n in cut) + devices * sum(n**3 for n in whole))
     messages = sent = 0.0
     for n in cut:
         of_level = halo_of_cube(n, blocks, item)
@@ -123,7 +136,7 @@ def _cycle(points: int, blocks: tuple[int, int, int], item: int, copies: float, 
     messages += sum(count - 1 for count in blocks)
     sent += item * whole[0] ** 3
     first = halo_of_cube(points, blocks, item)
-    launches = KERNELS["poisson"] * (len(cut) + len(whole))
+    launches = KERNELS["heat"] + KERNELS["poisson"] * (len(cut) + len(whole))
     return Work(copied, launches, messages + first[0], sent + first[1], sums)
 
 
@@ -134,18 +147,13 @@ def measured(quick: bool) -> dict[str, Any]:
     """Constants, and solves, on simulated devices; runs in a process that has eight of them."""
     # Programs that run at the same time on simulated devices may wait for each other for ever.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    copy = _copy(2**21 if quick else 2**24)
-    message, byte = _messages()
-    reductions = {count: _reduction(count) for count in COUNTS[1:]}
-    machine = Machine(copy, 1.0, message, byte, 0.0, workers=1)
+    machines = {count: _machine(count) for count in COUNTS}
     found: dict[str, Any] = {
-        "machine": machine, "reductions": reductions, "solves": {}, "beyond": {}, "copies": {},
-        "fixed": {}, "sums": {},
+        "machines": machines, "solves": {}, "beyond": {}, "copies": {}, "fixed": {}, "sums": {},
     }  # fmt: skip
     cases = {"heat": (_heat, 32 if quick else 64), "poisson": (_poisson, 128 if quick else 512)}
     for name, (make, points) in cases.items():
-        a_byte, fixed = _fitted(make, points)
-        found["copies"][name], found["fixed"][name] = a_byte / copy, fixed
+        alone, fixed = _alone(make, points)
         rows: list[tuple[int, float, Parts]] = []
         beyond = 0
         for count in COUNTS:
@@ -154,27 +162,33 @@ def measured(quick: bool) -> dict[str, Any]:
             cut, whole = make(points, count)[3]
             # What is gathered is done by every device.
             unknowns = sum(cut) + count * sum(whole)
+            machine = machines[count]
             work = Work(
-                8 * unknowns * a_byte / copy, fixed * len((*cut, *whole)), len(sends),
+                unknowns * alone / machine.copy, fixed * len((*cut, *whole)), len(sends),
                 sum(sends) / count, sums if count > 1 else 0,
             )  # fmt: skip
-            here = machine._replace(reduction=reductions.get(count, 0.0))
-            rows.append((count, seconds, predict(here, work, count)))
+            rows.append((count, seconds, predict(machine, work, count)))
             found["sums"][name] = sums
         found["solves"][name], found["beyond"][name] = rows, beyond
+        found["copies"][name] = alone / (8 * _copy(make(points, 1)[1].size))
+        found["fixed"][name] = fixed
     return found
 
 
-def _fitted(make: Any, points: int) -> tuple[float, float]:
-    """Seconds of a byte of each level's field, and of a level whatever its size, on one device."""
-    rows: list[list[float]] = []
-    for size in (points // 8, points // 4, points // 2, points):
-        seconds = _iteration(make, size, 1)[0]
-        cut, whole = make(size, 1)[3]
-        # Relative to the time: small and large ones count alike.
-        rows.append([8 * sum((*cut, *whole)) / seconds, len((*cut, *whole)) / seconds])
-    solution = scipy.optimize.nnls(np.array(rows), np.ones(len(rows)))[0]
-    return float(solution[0]), float(solution[1])
+def _alone(make: Callable[[int, int], Case], points: int) -> tuple[float, float]:
+    """Seconds of a point of each level on one device, and of a level that has next to none."""
+    few, many = ((size, *make(size, 1)[3]) for size in (16, points))
+    fixed = _iteration(make, few[0], 1)[0] / len((*few[1], *few[2]))
+    levels = (*many[1], *many[2])
+    rest = _iteration(make, many[0], 1)[0] - fixed * len(levels)
+    return max(rest, 0.0) / sum(levels), fixed
+
+
+def _machine(count: int) -> Machine:
+    """What so many simulated devices take; the time of kernels is in CPU seconds itself."""
+    if count == 1:
+        return Machine(1.0, 1.0, 0.0, 0.0, 0.0, workers=1)
+    return Machine(1.0, 1.0, *_messages(count), _reduction(count), workers=1)
 
 
 def _seconds(function: Callable[..., Any], *arguments: Any, rounds: int = ROUNDS) -> float:
@@ -193,9 +207,9 @@ def _seconds(function: Callable[..., Any], *arguments: Any, rounds: int = ROUNDS
 
 
 def _copy(count: int) -> float:
-    """Seconds for a byte of a field that is read and written."""
-    field = jnp.ones(count)
-    return _seconds(jax.jit(lambda x: x + 1.0), field) / (field.size * field.dtype.itemsize)
+    """Seconds for a byte of a field of so many numbers to be read and written, over and over."""
+    again = _repeated(lambda x: 0.5 * x + 1.0, 1)
+    return _seconds(again, jnp.ones(count)) / (8 * count * REPEATED)
 
 
 def _repeated(body: Callable[[Any], Any], count: int) -> Callable[[Any], Any]:
@@ -207,15 +221,19 @@ def _repeated(body: Callable[[Any], Any], count: int) -> Callable[[Any], Any]:
     return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P("devices"), out_specs=P("devices")))
 
 
-def _messages() -> tuple[float, float]:
-    """CPU seconds of a message of a device, and of a byte of it, when two devices exchange."""
-    times: list[float] = []
+def _messages(count: int) -> tuple[float, float]:
+    """CPU seconds of a message, and of a byte of it, when every device sends one to the next."""
+    pairs = [(k, (k + 1) % count) for k in range(count)]
     sizes = (2, 2**16)
-    for size in sizes:
-        exchange = _repeated(lambda x: jax.lax.ppermute(x, "devices", [(0, 1), (1, 0)]) + 1.0, 2)
-        times.append(_seconds(exchange, jnp.ones(2 * size)) / REPEATED)
-    byte = (times[1] - times[0]) / (8 * (sizes[1] - sizes[0]))
-    return times[0] / 2, byte / 2
+    times = [
+        _seconds(
+            _repeated(lambda x: jax.lax.ppermute(x, "devices", pairs), count),
+            jnp.ones(count * size),
+        )
+        for size in sizes
+    ]
+    message, larger = (seconds / (REPEATED * count) for seconds in times)
+    return message, max(larger - message, 0.0) / (8 * (sizes[1] - sizes[0]))
 
 
 def _reduction(count: int) -> float:
@@ -223,16 +241,10 @@ def _reduction(count: int) -> float:
     return _seconds(total, jnp.ones(count)) / REPEATED
 
 
-Levels = tuple[list[int], list[int]]
-"""Points of the grids that are cut, and of those that every device holds whole."""
-Case = tuple[Callable[[Any, Any], Any], Any, int, Levels]
-"""A solve of a field to a budget, the field, in what multiples of bytes is sent, and its levels."""
-
-
 def _heat(points: int, count: int) -> Case:
     grid = pde.Grid((points,) * 3)
     mesh = over.device_mesh(devices=jax.devices()[:count])
-    stepper = over.partition(pde.Heat(grid, 1.0, 1e-3), mesh)
+    stepper = over.partition(pde.Heat(grid, 1.0, 1.0), mesh)
     u = over.place(np.random.default_rng(0).standard_normal(grid.shape), mesh, "devices")
     surface = over.halo_traffic(stepper.matrix()).total  # pyright: ignore[reportArgumentType]
     step = jax.jit(lambda u, budget: stepper.step(u, budget=budget))
@@ -262,7 +274,7 @@ def _iteration(
 ) -> tuple[float, list[int], int, int]:
     """Seconds of an iteration, the bytes of its messages, its sums, and what is no surface."""
     function, field, unit, _ = make(points, count)
-    few, many = 2, 10
+    few, many = STEPS["heat" if field.ndim == 3 else "poisson"]
     budgets = [jax.tree.map(jnp.asarray, bl.Budget(n, 0.0, 0.0)) for n in (few, many)]
     times = [_seconds(function, field, budget) for budget in budgets]
     found = over.collectives(function, field, budgets[0])
