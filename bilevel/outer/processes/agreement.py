@@ -16,6 +16,9 @@ from bilevel.outer.shield import WAITING
 _EVERY = 0.25
 """Seconds between two looks at whether something is asked for."""
 
+_PATIENCE = 5.0
+"""Seconds that the end waits for the thread that looks."""
+
 _SAVE = "save"
 
 
@@ -130,7 +133,8 @@ class Agreement:
         if together:
             self._client.meet(f"{self._name}/end")
         self._open = False
-        self._thread.join(timeout=2 * _EVERY if together else 0.0)
+        # Else the end of the interpreter may tear it out of compiled code, which aborts all.
+        self._thread.join(timeout=_PATIENCE)
 
     def _listen(self) -> None:
         while self._open:
@@ -157,6 +161,8 @@ class Agreement:
                 return  # it has been done meanwhile
             self._client.tell(f"{key}/at/{self._client.index}", str(self._passed))
             while len(places := self._client.entries(f"{key}/at/")) < self._client.count:
+                if not self._open:
+                    return
                 time.sleep(0.02)
             self._found = max(int(place) for place in places.values()) + 1, what
 

@@ -18,6 +18,9 @@ _SILENCE = "bilevel/silence"
 _ALONE = "bilevel/alone/"
 """Keys of processes that have waited for others to fail, too, in vain."""
 
+_THREADS = 5.0
+"""Seconds that this process waits for its own threads."""
+
 _MARGIN = 3.0
 """Seconds that others may take longer to leave than they should."""
 
@@ -72,6 +75,9 @@ def connected_processes(
             # SystemExit and KeyboardInterrupt included: who leaves is missed by the others.
             if failed_together(error):
                 _leave(own, watch)
+            else:
+                watch.stop()
+                watch.wait(_THREADS)
             raise
         _leave(own, watch)
 
@@ -189,3 +195,6 @@ def _leave(own: Client, watch: Watch) -> None:
         jax.distributed.shutdown()
     except RuntimeError as error:
         warnings.warn(f"processes did not leave together: {error}", RuntimeWarning, stacklevel=2)
+    finally:
+        watch.stop()
+        watch.wait(_THREADS)

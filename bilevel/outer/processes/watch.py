@@ -45,12 +45,26 @@ class Watch:
         self._stopped = threading.Event()
         self._answers = 0
         self._raised = float("inf")
-        for target in (self._look_after_all, self._ask, self._look_after_service):
-            threading.Thread(target=target, name="bilevel-watch", daemon=True).start()
+        self._threads = [
+            threading.Thread(target=target, name="bilevel-watch", daemon=True)
+            for target in (self._look_after_all, self._ask, self._look_after_service)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         """Look no longer."""
         self._stopped.set()
+
+    def wait(self, seconds: float) -> None:
+        """Wait until its threads have ended, after `stop`.
+
+        One that is still asking when the interpreter ends would be torn out of compiled code,
+        which aborts the process.
+        """
+        until = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(until - time.monotonic(), 0.0))
 
     def _look_after_all(self) -> None:
         while not self._stopped.is_set():
