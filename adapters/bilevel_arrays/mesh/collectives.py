@@ -30,6 +30,9 @@ class Collective(NamedTuple):
     - `bytes`: of its result on one device.
     - `sent`: for a permutation the bytes that all devices together send.
     - `depth`: how many loops it stands in.
+
+    >>> Collective("collective-permute", bytes=64, sent=448, depth=1).sent
+    448
     """
 
     kind: str

@@ -29,10 +29,18 @@ class Partitioned(Operator):
     Solvers, estimators and time steppers take it as they take any operator: where they add up,
     the compiler adds up over the devices.  Each application sends the points next to the
     blocks' sides to the neighbours, and nothing else; [`halo_traffic`][] says how much.
-    `bilevel_pde.Multigrid` and the smoothers precondition it, in blocks as well.
+    `bilevel_pde.Multigrid` and the smoothers precondition it, in blocks as well.  Add to it from
+    the right, or add first and partition then: of `stencil + partitioned` they know nothing.
 
     - `operator`: the operator as a whole.
+    - `block`: what each device does of it.
     - `layout`: the mesh, and which axes of the grid are cut along which of its axes.
+
+    >>> import bilevel_pde as pde
+    >>> from bilevel_arrays import mesh
+    >>> operator = mesh.partition(-pde.laplacian(pde.Grid(8)), mesh.device_mesh(), "devices")
+    >>> (2.0 * operator).positive_definite, operator.T is operator
+    (True, True)
     """
 
     operator: Operator

@@ -20,6 +20,9 @@ class HaloTraffic(NamedTuple):
     - `total`: bytes sent by all devices together.
     - `largest`: bytes sent by the device that sends the most.
     - `messages`: messages sent by the device that sends the most of them.
+
+    >>> HaloTraffic(total=64, largest=32, messages=2).largest
+    32
     """
 
     total: int
