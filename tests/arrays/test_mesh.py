@@ -141,7 +141,8 @@ def test_every_operator_under_every_condition_on_every_mesh():
     assert len(found) == 85
     for name, (defect, traffic, forth, back) in found.items():
         assert defect < ROUNDING, name
-        assert forth == traffic, name
+        # Terms of a sum may read the same rows, which the compiler sends once.
+        assert forth <= traffic if name.endswith("sum") else forth == traffic, name
         # A symmetric operator is its own transpose; another sends back what it was sent.
         assert back == traffic, name
     # 2 · 7 sides of 16 points, of 8 bytes; closed, 2 · 8.

@@ -36,6 +36,7 @@ def halo_traffic(operator: Partitioned, dtype: Any = None) -> HaloTraffic:
     Each block sends to each neighbour the rows that the operator reads of it: for a stencil that
     reaches one point, the points on their common side. Of n₁ × n₂ × n₃ points in slabs of p devices
     these are 2 (p − 1) n₂ n₃ numbers, or 2 p n₂ n₃ on a periodic axis. The transpose sends as many.
+    Terms of a sum count each; where they read the same rows, the compiler may send these once.
 
     **Arguments:**
 
