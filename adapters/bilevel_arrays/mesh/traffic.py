@@ -36,6 +36,7 @@ def halo_traffic(operator: Partitioned, dtype: Any = None) -> HaloTraffic:
     Each block sends to each neighbour the rows that the operator reads of it: for a stencil that
     reaches one point, the points on their common side. Of n₁ × n₂ × n₃ points in slabs of p devices
     these are 2 (p − 1) n₂ n₃ numbers, or 2 p n₂ n₃ on a periodic axis. The transpose sends as many.
+    Along a mesh axis that cuts nothing there are copies of the field, each of which sends its own.
     Terms of a sum count each; where they read the same rows, the compiler may send these once.
 
     **Arguments:**
@@ -72,7 +73,8 @@ def _of(layout: Layout, grid: Grid, reach: Reach) -> tuple[int, int, int]:
     for axis in layout.cut:
         surface = math.prod(shape) // shape[axis]
         count, closed = layout.counts[axis], grid.is_periodic(axis)
-        lines = layout.blocks // count
+        # Along an axis of the mesh that cuts nothing every copy of a line exchanges.
+        lines = layout.mesh.size // count
         for width in reach.widths[axis]:
             senders = count if closed else count - 1
             total += lines * senders * width * surface
