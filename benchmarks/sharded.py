@@ -265,8 +265,9 @@ def _poisson(points: int, count: int) -> Case:
     levels = pde.Multigrid().hierarchy(operator.operator)  # pyright: ignore[reportArgumentType]
     sizes = [level.grid.size for level, _ in levels]
     number = cut_levels(operator.layout, levels)
-    # Rows of a level's length are all that is sent.
-    return jax.jit(solve), f, 8, (sizes[:number], sizes[number:])
+    # Whole rows of the levels are all that is sent, those of the first gathered one the shortest.
+    row = 8 * levels[number][0].grid.shape[1]
+    return jax.jit(solve), f, row, (sizes[:number], sizes[number:])
 
 
 def _iteration(
