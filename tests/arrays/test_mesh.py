@@ -129,13 +129,14 @@ def test_solves_and_hypergradients_on_simulated_devices(one_device: dict[str, An
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_solves_and_hypergradients_in_several_processes(count: int, one_device: dict[str, Any]):
     for found in processes.in_processes("results", count):
         agree(found, one_device)
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_operator_under_every_condition_on_every_mesh():
     found = processes.on_devices("applied", 8)
     assert len(found) == 85
@@ -154,12 +155,14 @@ def test_every_operator_under_every_condition_on_every_mesh():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_derivatives_and_batches_are_those_of_one_device():
     for name, defect in processes.on_devices("derived", 8).items():
         assert defect < ROUNDING, name
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_preconditioners_take_as_many_iterations_as_on_one_device():
     for name, (status, one, many, defect) in processes.on_devices("preconditioned", 8).items():
         assert status == 0, name

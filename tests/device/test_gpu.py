@@ -230,6 +230,7 @@ def test_bandwidth_counts_what_is_read_and_written(measured, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_benchmark_runs_reduced_on_the_cpu(measured):
     report = measured.benchmark(device="cpu")
     assert report.holds
