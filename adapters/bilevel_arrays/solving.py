@@ -234,25 +234,11 @@ def _arranged(
             msg = f"{name} must be of bilevel, such as bl.{_EXAMPLES[name]}, got {brief(value)}."
             raise TypeError(msg)
     space = Space(x0)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(x0):
-        if requires(leaf):
-            msg = (
-                f"x0{jax.tree_util.keystr(path)} requires grad, and the start is not "
-                "differentiated, so that its gradient would be missing without a word. Pass "
-                ".detach()."
-            )
-            raise ValueError(msg)
+    _check_detached("x0", x0, "the start")
     _check_theta(theta, space)
     if adjoint_guess is not None:
         space.require_like("adjoint_guess", adjoint_guess)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(adjoint_guess):
-            if requires(leaf):
-                msg = (
-                    f"adjoint_guess{jax.tree_util.keystr(path)} requires grad, and a guess is not "
-                    "differentiated, so that its gradient would be missing without a word. Pass "
-                    ".detach()."
-                )
-                raise ValueError(msg)
+        _check_detached("adjoint_guess", adjoint_guess, "a guess")
     with _quiet(space):
         bound = problem.at(theta, space)
     chosen = solver is not None
@@ -270,6 +256,18 @@ _EXAMPLES = {
     "budget": "Budget(iterations=100)",
     "adjoint_budget": "Budget(iterations=100)",
 }
+
+
+def _check_detached(name: str, start: PyTree, what: str) -> None:
+    """**Raises:** `ValueError` for a leaf whose gradient would be asked for in vain."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(start):
+        if requires(leaf):
+            msg = (
+                f"{name}{jax.tree_util.keystr(path)} requires grad, and {what} is not "
+                "differentiated, so that its gradient would be missing without a word. Pass "
+                ".detach()."
+            )
+            raise ValueError(msg)
 
 
 def _check_theta(theta: PyTree, space: Space) -> None:
