@@ -35,12 +35,7 @@ def compare(options: argparse.Namespace, words: Sequence[str]) -> int:
     """
     configuration = configure(options)
     file = load(options)
-    if len(options.seeds) > 1 and not file.seeded:
-        msg = (
-            f"{len(options.seeds)} seeds would be as many times the same run: the task takes no "
-            "argument named seed. Give its function one, or leave --seeds out."
-        )
-        raise UsageError(msg)
+    file.check_seeds(options.seeds)
     task = file.build(options.seeds[0])
     check_trainable(task, options)
     try:

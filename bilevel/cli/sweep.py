@@ -76,12 +76,7 @@ def sweep(options: argparse.Namespace, words: Sequence[str]) -> int:
     if "seed" in settings:
         msg = "--set seed=... is for one seed; several are given by --seeds."
         raise UsageError(msg)
-    if len(options.seeds) > 1 and not file.seeded:
-        msg = (
-            f"{len(options.seeds)} seeds would be as many times the same run: the task takes no "
-            "argument named seed. Give its function one, or leave --seeds out."
-        )
-        raise UsageError(msg)
+    file.check_seeds(options.seeds)
     try:
         parsed = () if options.policies is None else parse_policies(options.policies)
     except ValueError as error:

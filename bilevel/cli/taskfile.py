@@ -127,6 +127,18 @@ class TaskFile:
         }
         return {name: repr(value) for name, value in (defaults | self._arguments).items()}
 
+    def check_seeds(self, seeds: Sequence[int]) -> None:
+        """See that several seeds would make a difference.
+
+        **Raises:** `UsageError` where they would not.
+        """
+        if len(seeds) > 1 and not self.seeded:
+            msg = (
+                f"{len(seeds)} seeds would be as many times the same run: the task takes no "
+                "argument named seed. Give its function one, or leave --seeds out."
+            )
+            raise UsageError(msg)
+
     def build(self, seed: int) -> Task:
         """The task, made anew with a seed where its function takes one.
 
