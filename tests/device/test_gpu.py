@@ -3,7 +3,6 @@
 Each runs on the CPU as well, among the slow tests: so it is known to run before there is a GPU.
 """
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -177,14 +176,6 @@ def test_examples_train_for_two_epochs(name, device, tmp_path, capsys):
     run = bl.Run.read(tmp_path / "r")
     assert (run.status, run.summary.epochs) == ("completed", 2)
     assert run.summary.failures in (0, None)
-
-
-@pytest.mark.gpu
-def test_tensors_of_cuda_and_arrays_of_cupy_are_tested_where_their_libraries_are():
-    """Their rows stand in tests/arrays, with the same mark; here it is told what is missing."""
-    missing = [name for name in ("torch", "cupy") if importlib.util.find_spec(name) is None]
-    if missing:
-        pytest.skip(f"not installed: {', '.join(missing)}")
 
 
 @pytest.fixture
